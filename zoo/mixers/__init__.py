@@ -1,0 +1,29 @@
+"""Sequence mixers: one file each. `get_mixer(name)` gives the class; `@register_mixer(name)` adds one."""
+
+from __future__ import annotations
+
+from zoo.mixers.base import LayerInfo, Mixer, MixerConfig, head_dim
+from zoo.registry import Registry
+
+mixers: Registry[Mixer] = Registry(
+    kind="mixer",
+    base=lambda: Mixer,
+    group="zoo.mixers",
+    builtins={
+        "attention": "zoo.mixers.attention:Attention",
+        "based": "zoo.mixers.based:Based",
+        "gated_conv": "zoo.mixers.gated_conv:GatedConv",
+        "h3": "zoo.mixers.h3:H3",
+        "hyena": "zoo.mixers.hyena:Hyena",
+        "linear_attention": "zoo.mixers.linear_attention:LinearAttention",
+        "mamba": "zoo.mixers.mamba:Mamba",
+        "mamba2": "zoo.mixers.mamba2:Mamba2",
+        "rwkv6": "zoo.mixers.rwkv6:RWKV6",
+        "rwkv7": "zoo.mixers.rwkv7:RWKV7",
+        "sliding_window": "zoo.mixers.sliding_window:SlidingWindow",
+    },
+)
+register_mixer = mixers.register
+get_mixer = mixers.get
+
+__all__ = ["LayerInfo", "Mixer", "MixerConfig", "get_mixer", "head_dim", "mixers", "register_mixer"]

@@ -1,0 +1,131 @@
+"""What one trial leaves: the schema of a record. Accuracies are fractions in [0, 1], times seconds, losses nats."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class Epoch(_Part):
+    """One line of a trial's history. `validation_*` are means over the validation slices."""
+
+    epoch: int
+    step: int
+    learning_rate: float
+    train_loss: float
+    validation_loss: float
+    validation_accuracy: float
+    seconds: float
+
+
+class SliceResult(_Part):
+    """Accuracy over every answer asked in one slice of a mixture."""
+
+    name: str
+    accuracy: float
+    loss: float
+    examples: int
+    answers: int
+
+
+class StateTensor(_Part):
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    elements: int
+    bytes: int
+
+
+class LayerState(_Part):
+    """One layer's share of the recurrent state, for one sequence."""
+
+    layer: int
+    mixer: str
+    elements: int
+    bytes: int
+    tensors: tuple[StateTensor, ...]
+
+
+class MeasuredState(_Part):
+    """The state after a real decode of `seq_len` tokens, for one sequence, layer by layer."""
+
+    seq_len: int
+    elements: int
+    bytes: int
+    layers: tuple[LayerState, ...]
+
+
+class Agreement(_Part):
+    """The recurrent form against the parallel form, on a sample of test examples of slice `slice_name`."""
+
+    slice_name: str
+    examples: int
+    answers: int
+    accuracy_parallel: float
+    accuracy_state: float
+    same_answers: float
+    max_logit_error: float
+
+
+class Timing(_Part):
+    data: float
+    train: float
+    evaluate: float
+
+
+class Outcome(_Part):
+    """What training and evaluating a trial gave. `diverged`: the loss became NaN or infinite; no accuracy is given."""
+
+    status: Literal["ok", "diverged"]
+    message: str
+    parameters: int
+    steps: int
+    history: tuple[Epoch, ...]
+    validation: tuple[SliceResult, ...]
+    test: tuple[SliceResult, ...]
+    validation_accuracy: float | None
+    test_accuracy: float | None
+    state: tuple[MeasuredState, ...]
+    agreement: Agreement | None
+    timing: Timing
+
+
+class Failure(_Part):
+    error: str
+    message: str
+    traceback: str
+
+
+class Provenance(_Part):
+    """Metadata, not part of the key."""
+
+    zoo: str
+    git: str | None
+    torch: str
+    python: str
+    device: str
+    threads: int
+    executor: str
+    started: str
+    seconds: float
+    attempt: int = 1
+
+
+class Record(_Part):
+    """One trial, whole: its settings and the versions in its key, then its outcome or its failure."""
+
+    schema_version: int = SCHEMA
+    key: str
+    status: Literal["ok", "diverged", "failed"]
+    trial: dict[str, Any]
+    versions: dict[str, str]
+    outcome: Outcome | None
+    failure: Failure | None
+    provenance: Provenance

@@ -1,0 +1,182 @@
+"""One registry for every kind of plugin: names to classes, resolved when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Generic, TypeVar
+
+from zoo.errors import PluginError, UnknownNameError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names to classes of one kind.
+
+    A name resolves to, in this order: a class registered in this process, a built-in ("module:Class", imported when
+    asked for), an installed entry point of `group`. A string with a colon is a class itself: `package.module:Class` or
+    `path/to/file.py:Class`.
+    """
+
+    def __init__(self, kind: str, base: Callable[[], type[T]], group: str, builtins: dict[str, str]) -> None:
+        self.kind = kind
+        self.group = group
+        self._base = base
+        self._builtins = builtins
+        self._registered: dict[str, type[T]] = {}
+        self._entry_points: dict[str, EntryPoint] | None = None
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator: `@register("my_mixer")`. Raises PluginError when another class holds the name."""
+
+        def add(cls: type[T]) -> type[T]:
+            if not (isinstance(cls, type) and issubclass(cls, self._base())):
+                raise PluginError(
+                    f"{self.kind} {name!r}: {cls!r} is not a subclass of zoo.{self._base().__name__}; derive it from that."
+                )
+            if ":" in name or not name:
+                raise PluginError(f"{self.kind} name {name!r} must not be empty or hold ':'; choose another name.")
+            holder = self._registered.get(name)
+            if name in self._builtins and f"{cls.__module__}:{cls.__qualname__}" != self._builtins[name]:
+                raise PluginError(
+                    f"{self.kind} name {name!r} is taken by the built-in {self._builtins[name]}; choose another name."
+                )
+            # The same class seen again (a plugin file imported twice) is no collision.
+            if holder is not None and (holder.__module__, holder.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise PluginError(
+                    f"{self.kind} name {name!r} is taken by {holder.__module__}:{holder.__qualname__}; "
+                    "choose another name."
+                )
+            self._registered[name] = cls
+            return cls
+
+        return add
+
+    def names(self) -> list[str]:
+        """Every name that can be asked for, sorted; nothing is imported."""
+        return sorted({*self._builtins, *self._registered, *self._points()})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._builtins or name in self._registered or name in self._points()
+
+    def is_builtin(self, name: str) -> bool:
+        return name in self._builtins
+
+    def get(self, name: str) -> type[T]:
+        """The class behind `name`.
+
+        Raises:
+            UnknownNameError: no such name; the nearest one is suggested.
+            PluginError: the plugin that holds the name fails to import, collides with another, or gives a wrong class.
+        """
+        if not isinstance(name, str):
+            raise UnknownNameError(f"a {self.kind} name must be text, not {name!r}.")
+        if name in self._registered:
+            return self._registered[name]
+        if name in self._builtins:
+            return self._load(name, self._builtins[name])
+        if ":" in name:
+            return self._load(name, name)
+        point = self._points().get(name)
+        if point is not None:
+            return self._load(name, point.value, origin=f"entry point {point.name!r} of {self._distribution(point)}")
+        raise UnknownNameError(
+            f"unknown {self.kind} {name!r}.{did_you_mean(name, self.names())} Known: {', '.join(self.names())}. "
+            f"A {self.kind} of your own: --plugin FILE.py, or 'module:Class'."
+        )
+
+    def version(self, name: str) -> str:
+        """The class's `version`; for a plugin, the hash of its source file too, so that an edit is a new version."""
+        cls = self.get(name)
+        version = str(getattr(cls, "version", 1))
+        if self.is_builtin(name):
+            return version
+        try:
+            source = inspect.getsourcefile(cls)
+        except TypeError:
+            source = None
+        return version if source is None else f"{version}+{hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12]}"
+
+    def check_installed(self) -> dict[str, str]:
+        """Load every entry point; the errors of those that fail, by name. Nothing is raised: the others go on."""
+        errors = {}
+        for name in self._points():
+            try:
+                if name in self._builtins:
+                    point = self._points()[name]
+                    raise PluginError(
+                        f"{self.kind} {name!r} of {self._distribution(point)} collides with the built-in "
+                        f"{self._builtins[name]}, which is used; rename the entry point."
+                    )
+                self.get(name)
+            except PluginError as error:
+                errors[name] = str(error)
+        return errors
+
+    def _points(self) -> dict[str, EntryPoint]:
+        if self._entry_points is None:
+            self._entry_points = {point.name: point for point in entry_points(group=self.group)}
+        return self._entry_points
+
+    @staticmethod
+    def _distribution(point: EntryPoint) -> str:
+        return point.dist.name if point.dist is not None else point.value
+
+    def _load(self, name: str, target: str, origin: str | None = None) -> type[T]:
+        module_name, _, attribute = target.rpartition(":")
+        where = origin or repr(target)
+        try:
+            module = load_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"{self.kind} {name!r} cannot be loaded from {where}: {type(error).__name__}: {error}"
+            ) from error
+        cls = getattr(module, attribute, None)
+        if not (isinstance(cls, type) and issubclass(cls, self._base())):
+            classes = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, self._base())]
+            found = "is missing" if cls is None else f"is {cls!r}"
+            raise PluginError(
+                f"{self.kind} {name!r} from {where}: {attribute!r} {found}; expected a subclass of "
+                f"zoo.{self._base().__name__}.{did_you_mean(attribute, classes)}"
+            )
+        return cls
+
+
+def load_file(path: str | Path) -> ModuleType:
+    """Import a plugin file once per process; its module name is derived from the path, so classes in it can be pickled.
+
+    Raises PluginError when the file is missing or fails to import.
+    """
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise PluginError(f"plugin file {str(path)!r} does not exist; give the path of a Python file.")
+    digest = hashlib.sha256(str(file).encode()).hexdigest()[:8]
+    name = f"zoo_plugin_{file.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"plugin file {str(path)!r} is not a Python file; its name must end in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        if isinstance(error, PluginError):
+            raise PluginError(f"plugin file {str(path)!r}: {error}") from error
+        raise PluginError(f"plugin file {str(path)!r} fails to import: {type(error).__name__}: {error}") from error
+    return module
