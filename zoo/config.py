@@ -1,0 +1,285 @@
+"""Trials and sweeps: what is run, fully resolved, and the grid that it comes from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+
+from zoo.errors import ConfigError, did_you_mean
+from zoo.grid import apply_override, expand, merge, read_yaml
+from zoo.mixers import MixerConfig, mixers
+from zoo.tasks import Task, tasks
+
+ENGINE_VERSION = 1
+"""Raise it with every edit of the model, the training loop or the evaluation that changes results: it is in every key."""
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class LayerConfig(_Config):
+    """One layer of the pattern: `based`, or `{mixer: based, feature_dim: 16}`; the other keys are the mixer's Config."""
+
+    mixer: str
+    options: MixerConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_flat(cls, value: Any) -> Any:
+        value = {"mixer": value} if isinstance(value, str) else value
+        if not isinstance(value, dict) or "mixer" not in value:
+            raise ConfigError(f"model.layers: {value!r} is no layer; write a mixer's name, or {{mixer: NAME, OPTION: VALUE}}.")
+        name, flat = value["mixer"], {k: v for k, v in value.items() if k != "mixer"}
+        if isinstance(flat.get("options"), MixerConfig):
+            return value
+        return {"mixer": name, "options": parse(mixers.get(name).Config, flat, f"model.layers, mixer {name}")}
+
+    @model_serializer
+    def _to_flat(self) -> dict[str, Any]:
+        return {"mixer": self.mixer, **self.options.model_dump(mode="json")}
+
+
+class MLPConfig(_Config):
+    """The feed-forward half of a block: `expand` times d_model wide."""
+
+    expand: float = Field(default=4, gt=0)
+    activation: Literal["gelu", "swiglu"] = "gelu"
+
+
+class ModelConfig(_Config):
+    """Token embedding, then `depth` blocks whose mixers repeat the pattern `layers`, then a tied head.
+
+    positions: `learned` adds an embedding; `rotary` makes mixers with queries and keys rotate them.
+    """
+
+    d_model: int = Field(gt=0)
+    layers: tuple[LayerConfig, ...] = Field(min_length=1)
+    depth: int | None = Field(default=None, gt=0)
+    mlp: MLPConfig | None = None
+    positions: Literal["none", "learned", "rotary"] = "none"
+    norm: Literal["layer", "rms"] = "layer"
+
+    @property
+    def blocks(self) -> tuple[LayerConfig, ...]:
+        """The layer of each block, the pattern repeated over the depth."""
+        return tuple(self.layers[i % len(self.layers)] for i in range(self.depth or len(self.layers)))
+
+    @property
+    def family(self) -> str:
+        """The mixers of the pattern other than the gated convolution, joined by `+`: what a figure calls the model."""
+        names = list(dict.fromkeys(layer.mixer for layer in self.layers))
+        return "+".join([name for name in names if name != "gated_conv"] or names)
+
+
+class DataEntry(_Config):
+    """One slice of a mixture: `{task: mqar, seq_len: 64, num_pairs: 8, examples: 20000}`."""
+
+    task: str
+    examples: int = Field(gt=0)
+    options: Task
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_flat(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not {"task", "examples"} <= value.keys():
+            raise ConfigError(f"data: {value!r} is no slice; write {{task: NAME, examples: N, OPTION: VALUE}}.")
+        if isinstance(value.get("options"), Task):
+            return value
+        name, flat = value["task"], {k: v for k, v in value.items() if k not in ("task", "examples")}
+        return {"task": name, "examples": value["examples"], "options": parse(tasks.get(name), flat, f"data, task {name}")}
+
+    @model_serializer
+    def _to_flat(self) -> dict[str, Any]:
+        return {"task": self.task, "examples": self.examples, **self.options.model_dump(mode="json")}
+
+
+class DataConfig(_Config):
+    """Mixtures for training, validation and test, each from streams of its own.
+
+    `validation` left out is the test mixture, drawn from the validation streams. `seed` picks the streams.
+    """
+
+    train: tuple[DataEntry, ...] = Field(min_length=1)
+    test: tuple[DataEntry, ...] = Field(min_length=1)
+    validation: tuple[DataEntry, ...] = Field(default=(), validate_default=False)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_validation(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not value.get("validation"):
+            return {**value, "validation": value.get("test", ())}
+        return value
+
+    @property
+    def entries(self) -> tuple[DataEntry, ...]:
+        return self.train + self.validation + self.test
+
+    @property
+    def vocabulary(self) -> int:
+        return max(entry.options.vocabulary for entry in self.entries)
+
+    @property
+    def max_seq_len(self) -> int:
+        return max(entry.options.length for entry in self.entries)
+
+
+class OptimizerConfig(_Config):
+    """AdamW; weight decay on matrices only (not on norms, biases, or what a mixer exempts).
+
+    schedule: `cosine` falls to 0 over all steps, `cosine_per_epoch` the same in one step an epoch (the published
+    setting). warmup_steps: linear. clip: largest gradient norm, None = unclipped.
+    """
+
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["cosine", "cosine_per_epoch", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    clip: float | None = Field(default=1.0, gt=0)
+
+
+class TrainingConfig(_Config):
+    """How long. stop_accuracy: stop at the end of an epoch whose mean validation accuracy reaches it, None = never."""
+
+    epochs: int = Field(gt=0)
+    batch_size: int = Field(default=64, gt=0)
+    stop_accuracy: float | None = Field(default=0.99, gt=0, le=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Trial(_Config):
+    """One training run, fully resolved: everything that its result depends on."""
+
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("seed")
+    @classmethod
+    def _seed_fits(cls, value: int) -> int:
+        if value >= 2**63:
+            raise ValueError("must be below 2**63")
+        return value
+
+    @functools.cached_property
+    def versions(self) -> dict[str, str]:
+        """The versions that the key holds: the engine's and those of every task and mixer in the trial."""
+        used = {f"mixer {layer.mixer}": mixers.version(layer.mixer) for layer in self.model.layers}
+        used |= {f"task {entry.task}": tasks.version(entry.task) for entry in self.data.entries}
+        return {"engine": str(ENGINE_VERSION), **dict(sorted(used.items()))}
+
+    @functools.cached_property
+    def key(self) -> str:
+        """SHA-256 (hex) of the canonical JSON of the trial and its versions."""
+        canonical = json.dumps(
+            {"trial": self.model_dump(mode="json"), "versions": self.versions}, sort_keys=True, separators=(",", ":")
+        )
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def label(self) -> str:
+        """A short name for progress lines; the key is what identifies a trial."""
+        options = [
+            f"{name}={value}"
+            for layer in self.model.layers
+            if layer.mixer != "gated_conv" or len(self.model.layers) == 1
+            for name, value in layer.options.model_dump(exclude_defaults=True).items()
+        ]
+        return " ".join(
+            [self.model.family, f"d={self.model.d_model}", *options, f"lr={self.optimizer.lr:.2g}", f"seed={self.seed}"]
+        )
+
+
+class Sweep:
+    """A grid of trials: shared settings, and variants that each change some of them; every list is an axis."""
+
+    def __init__(self, name: str, trials: list[Trial], source: dict[str, Any]) -> None:
+        self.name = name
+        self.trials = trials
+        self.source = source
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> Sweep:
+        """Read a YAML grid. Raises ConfigError, naming the file and the line or the key, before anything runs."""
+        file = Path(path)
+        if not file.is_file():
+            known = [str(p) for p in sorted(file.parent.glob("*.yaml"))] if file.parent.is_dir() else []
+            raise ConfigError(f"sweep file {str(path)!r} does not exist.{did_you_mean(str(path), known)}")
+        try:
+            return cls.from_dict(read_yaml(file.read_text(), str(path)), overrides, default_name=file.stem)
+        except ConfigError as error:
+            raise type(error)(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
+
+    @classmethod
+    def from_dict(cls, source: Any, overrides: list[str] | None = None, default_name: str = "sweep") -> Sweep:
+        """A sweep from plain data; `overrides` are `path.to.key=v1,v2`. Raises ConfigError, also on an empty grid."""
+        if not isinstance(source, dict):
+            raise ConfigError(f"a sweep is a mapping with the keys {', '.join(_SWEEP_KEYS)}, not {source!r}.")
+        for key in source:
+            if key not in _SWEEP_KEYS:
+                raise ConfigError(
+                    f"unknown key {key!r}.{did_you_mean(str(key), _SWEEP_KEYS)} Allowed: {', '.join(_SWEEP_KEYS)}."
+                )
+        base = {k: v for k, v in source.items() if k not in ("name", "variants")}
+        variants = source.get("variants", [{}])
+        if not isinstance(variants, list) or not all(isinstance(v, dict) for v in variants):
+            raise ConfigError(f"variants: {variants!r} must be a list of mappings, each merged over the shared settings.")
+        trials: dict[str, Trial] = {}
+        for variant in variants:
+            merged = merge(base, variant)
+            for override in overrides or []:
+                apply_override(merged, override)
+            for point in expand(merged, Trial):
+                trial = parse(Trial, point, "")
+                trials.setdefault(trial.key, trial)
+        if not trials:
+            raise ConfigError(
+                "the grid is empty: an axis or `variants` is an empty list; give each at least one value."
+            )
+        return cls(str(source.get("name", default_name)), list(trials.values()), source)
+
+
+_SWEEP_KEYS = ("name", *Trial.model_fields, "variants")
+
+
+def parse(cls: type[BaseModel], data: Any, where: str) -> Any:
+    """`cls` from plain data; pydantic's errors become one ConfigError that names key, value, allowed values, remedy."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(cls, detail, where) for detail in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _explain(cls: type[BaseModel], detail: Any, where: str) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    place = ": ".join(part for part in (where, path) if part)
+    if detail["type"] == "extra_forbidden":
+        known = list(_fields_at(cls, detail["loc"][:-1]))
+        name = str(detail["loc"][-1])
+        allowed = f" Allowed: {', '.join(known)}." if known else " It takes no options."
+        prefix = f"{where}: " if where else ""
+        return f"{prefix}unknown key {path!r}.{did_you_mean(name, known)}{allowed}"
+    if detail["type"] == "missing":
+        return f"{place}: is missing; give it a value."
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{place}: {detail['input']!r} is not allowed: {message[0].lower()}{message[1:]}."
+
+
+def _fields_at(cls: Any, loc: tuple[Any, ...]) -> dict[str, Any]:
+    for part in loc:
+        field = cls.model_fields.get(part) if hasattr(cls, "model_fields") else None
+        if field is None:
+            return {}
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        cls = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return getattr(cls, "model_fields", {})

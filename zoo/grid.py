@@ -1,0 +1,168 @@
+"""From a YAML file to points of a grid: every list is an axis, except where the field itself is a list."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import re
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from zoo.errors import ConfigError
+from zoo.mixers import mixers
+from zoo.tasks import tasks
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `1e-3` is a number, `no` is text; a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(text: str, name: str) -> Any:
+    """Plain data from YAML text. Raises ConfigError that names the file, line and column of a syntax error."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}, line {mark.line + 1}, column {mark.column + 1}" if mark else name
+        line = text.splitlines()[mark.line].rstrip() if mark and mark.line < len(text.splitlines()) else ""
+        raise ConfigError(f"{where}: not valid YAML: {error.problem}.\n    {line}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {error}.") from None
+
+
+def merge(base: Any, over: Any) -> Any:
+    """`over` laid on `base`: mappings merge key by key, anything else replaces."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        merged = {key: merge(value, over[key]) if key in over else copy.deepcopy(value) for key, value in base.items()}
+        return merged | {key: copy.deepcopy(value) for key, value in over.items() if key not in base}
+    return copy.deepcopy(over)
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set `path.to.key=value` in place; `v1,v2` makes an axis, a number in the path picks a list's item.
+
+    Raises ConfigError when the text is no override or the path leads through a plain value.
+    """
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {override!r} is not of the form path.to.key=value, such as model.d_model=64,128.")
+    value = read_yaml(text if text[:1] in "[{" else f"[{text}]", f"override {override!r}")
+    if text[:1] not in ("[", "{") and len(value) == 1:
+        value = value[0]
+    *parents, last = path.split(".")
+    node: Any = data
+    for part in parents:
+        if isinstance(node, dict):
+            node = node.setdefault(part, {})
+        else:
+            node = _item(node, part, override)
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        _item(node, last, override)
+        node[int(last)] = value
+
+
+def _item(node: Any, part: str, override: str) -> Any:
+    if not isinstance(node, list):
+        raise ConfigError(f"override {override!r}: {part!r} is below the plain value {node!r}; shorten the path.")
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"override {override!r}: {part!r} is no index into a list of {len(node)}; use 0 to {len(node) - 1}.")
+    return node[int(part)]
+
+
+def expand(data: Any, schema: Any) -> list[Any]:
+    """Every point of the grid `data`, for the pydantic class `schema`, first axis slowest."""
+    if isinstance(data, dict):
+        if data.keys() == {"logspace"}:
+            return _logspace(data["logspace"])
+        if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
+            return [data]
+        if "options" in schema.model_fields:
+            return _expand_polymorphic(data, schema)
+        return _product(data, {name: field.annotation for name, field in schema.model_fields.items()})
+    return [data]
+
+
+def _product(data: dict[str, Any], annotations: dict[str, Any]) -> list[dict[str, Any]]:
+    axes = [_expand_field(value, annotations.get(key)) for key, value in data.items()]
+    return [dict(zip(data, point, strict=True)) for point in itertools.product(*axes)]
+
+
+def _expand_field(value: Any, annotation: Any) -> list[Any]:
+    """The values that one field takes: a list is an axis, or, in a field that is a list, a list of lists is."""
+    item = _item_type(annotation)
+    if not isinstance(value, list):
+        return expand(value, _model_type(annotation))
+    if item is None:
+        return [point for element in value for point in expand(element, _model_type(annotation))]
+    if value and all(isinstance(element, list) for element in value):
+        return [point for element in value for point in _expand_field(element, annotation)]
+    return [list(point) for point in itertools.product(*(expand(element, item) for element in value))]
+
+
+def _expand_polymorphic(data: dict[str, Any], schema: type[BaseModel]) -> list[Any]:
+    """A layer or a slice: its first key names the class whose fields the other keys are."""
+    registry, kind = (mixers, "mixer") if "mixer" in schema.model_fields else (tasks, "task")
+    if kind not in data:
+        return [data]
+    names = data[kind] if isinstance(data[kind], list) else [data[kind]]
+    points = []
+    for name in names:
+        cls: Any = registry.get(name)
+        fields = (cls.Config if kind == "mixer" else cls).model_fields
+        annotations = {key: field.annotation for key, field in fields.items()}
+        points += _product({**data, kind: name}, annotations)
+    return points
+
+
+def _item_type(annotation: Any) -> Any:
+    """The item type of a list or tuple annotation (also inside a union), or None for any other."""
+    for option in (annotation, *get_args(annotation)):
+        if get_origin(option) in (list, tuple):
+            return get_args(option)[0] if get_args(option) else Any
+    return None
+
+
+def _model_type(annotation: Any) -> Any:
+    options = (annotation, *get_args(annotation))
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def _logspace(value: Any) -> list[float]:
+    if not (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
+        and isinstance(value[2], int)
+        and value[2] >= 1
+    ):
+        raise ConfigError(f"logspace: {value!r} must be [first exponent, last exponent, count], such as [-4, -2, 4].")
+    first, last, count = value
+    exponents = [first] if count == 1 else [first + (last - first) * i / (count - 1) for i in range(count)]
+    # Eight digits: the same text, so the same key, whatever the machine's pow() rounds to.
+    return [float(f"{10.0**e:.8g}") for e in exponents]
