@@ -1,0 +1,112 @@
+"""The delta rule: a linear-attention state that overwrites what a key held before; and its low-rank generalisation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from zoo.kernels.backend import backend
+from zoo.kernels.shapes import check_shapes
+
+IMPLS = ("reference", "chunked")
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    return_state: bool = True,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """An associative memory that moves the value it holds under k_t towards v_t, by beta_t.
+
+        S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T
+        o_t = S_t^T q_t
+
+    Nothing is scaled or normalised; the recurrence is stable for |k_t| = 1 and beta_t in [0, 2].
+
+    Args:
+        q, k: (B, T, H, K), T >= 1.
+        v: (B, T, H, V).
+        beta: (B, T, H).
+        decay: g, the *logarithm* of what is kept, <= 0 (not checked; -inf is not supported). None for g = 0;
+            (B, T, H) per step; (B, T, H, K) per step and channel.
+        initial_state: S_0 (B, H, K, V); None for zeros.
+        return_state: False where S_T is not needed, which spares its computation; S is then None.
+        impl: "reference", "chunked", or None to choose by device.
+
+    Returns:
+        o (B, T, H, V) in v's dtype, and S_T (B, H, K, V) in fp32 (fp64 for fp64 v).
+
+    Raises:
+        UnsupportedError: shapes do not fit, or there is no such backend.
+
+    References:
+        DeltaNet: arXiv 2406.06484, eq. 4. Gated DeltaNet: 2412.06464, eq. 10. Per channel: 2510.26692, eq. 1.
+    """
+    check_shapes(
+        "delta_rule",
+        q=(q, "BTHK"),
+        k=(k, "BTHK"),
+        v=(v, "BTHV"),
+        beta=(beta, "BTH"),
+        decay=(decay, _decay_letters(decay)),
+        initial_state=(initial_state, "BHKV"),
+    )
+    module = backend(__name__, IMPLS, impl, v.device)
+    return module.delta_rule(q, k, v, beta, decay, initial_state=initial_state, return_state=return_state)
+
+
+def generalized_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    decay: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    return_state: bool = True,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A linear recurrence whose transition is diagonal plus low rank.
+
+        S_t = diag(exp(g_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T
+        o_t = S_t^T q_t
+
+    `delta_rule` is a_t = exp(g_t) k_t, b_t = -beta_t k_t, with the key beta_t k_t. RWKV-7 is a_t = -kappa_t,
+    b_t = eta_t kappa_t, with its receptance for q. Nothing is scaled or normalised.
+
+    Args:
+        q, k, a, b: (B, T, H, K), T >= 1.
+        v: (B, T, H, V).
+        decay, initial_state, return_state, impl: as in `delta_rule`.
+
+    Returns:
+        o (B, T, H, V) in v's dtype, and S_T (B, H, K, V) in fp32 (fp64 for fp64 v).
+
+    Raises:
+        UnsupportedError: shapes do not fit, or there is no such backend.
+
+    References:
+        RWKV-7: arXiv 2503.14456, eq. 17 to 19. The general form: 2406.06484, section 6.
+    """
+    check_shapes(
+        "generalized_delta_rule",
+        q=(q, "BTHK"),
+        k=(k, "BTHK"),
+        v=(v, "BTHV"),
+        a=(a, "BTHK"),
+        b=(b, "BTHK"),
+        decay=(decay, _decay_letters(decay)),
+        initial_state=(initial_state, "BHKV"),
+    )
+    module = backend(__name__, IMPLS, impl, v.device)
+    return module.generalized_delta_rule(q, k, v, a, b, decay, initial_state=initial_state, return_state=return_state)
+
+
+def _decay_letters(decay: Tensor | None) -> str:
+    return "BTH" if decay is not None and decay.dim() == 3 else "BTHK"
