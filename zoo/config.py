@@ -16,7 +16,7 @@ from zoo.mixers import MixerConfig, mixers
 from zoo.tasks import Task, tasks
 
 ENGINE_VERSION = 1
-"""Raise it with every edit of the model, the training loop or the evaluation that changes results: it is in every key."""
+"""Raise it with every edit of the model, training or evaluation that changes results: it is in every key."""
 
 
 class _Config(BaseModel):
@@ -24,7 +24,7 @@ class _Config(BaseModel):
 
 
 class LayerConfig(_Config):
-    """One layer of the pattern: `based`, or `{mixer: based, feature_dim: 16}`; the other keys are the mixer's Config."""
+    """One layer of the pattern: `based`, or `{mixer: based, feature_dim: 16}`; other keys are the mixer's Config."""
 
     mixer: str
     options: MixerConfig
@@ -34,7 +34,9 @@ class LayerConfig(_Config):
     def _from_flat(cls, value: Any) -> Any:
         value = {"mixer": value} if isinstance(value, str) else value
         if not isinstance(value, dict) or "mixer" not in value:
-            raise ConfigError(f"model.layers: {value!r} is no layer; write a mixer's name, or {{mixer: NAME, OPTION: VALUE}}.")
+            raise ConfigError(
+                f"model.layers: {value!r} is no layer; write a mixer's name, or {{mixer: NAME, OPTION: VALUE}}."
+            )
         name, flat = value["mixer"], {k: v for k, v in value.items() if k != "mixer"}
         if isinstance(flat.get("options"), MixerConfig):
             return value
@@ -92,7 +94,11 @@ class DataEntry(_Config):
         if isinstance(value.get("options"), Task):
             return value
         name, flat = value["task"], {k: v for k, v in value.items() if k not in ("task", "examples")}
-        return {"task": name, "examples": value["examples"], "options": parse(tasks.get(name), flat, f"data, task {name}")}
+        return {
+            "task": name,
+            "examples": value["examples"],
+            "options": parse(tasks.get(name), flat, f"data, task {name}"),
+        }
 
     @model_serializer
     def _to_flat(self) -> dict[str, Any]:
@@ -232,7 +238,9 @@ class Sweep:
         base = {k: v for k, v in source.items() if k not in ("name", "variants")}
         variants = source.get("variants", [{}])
         if not isinstance(variants, list) or not all(isinstance(v, dict) for v in variants):
-            raise ConfigError(f"variants: {variants!r} must be a list of mappings, each merged over the shared settings.")
+            raise ConfigError(
+                f"variants: {variants!r} must be a list of mappings, each merged over the shared settings."
+            )
         trials: dict[str, Trial] = {}
         for variant in variants:
             merged = merge(base, variant)

@@ -24,16 +24,22 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
@@ -76,10 +82,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     *parents, last = path.split(".")
     node: Any = data
     for part in parents:
-        if isinstance(node, dict):
-            node = node.setdefault(part, {})
-        else:
-            node = _item(node, part, override)
+        node = node.setdefault(part, {}) if isinstance(node, dict) else _item(node, part, override)
     if isinstance(node, dict):
         node[last] = value
     else:
@@ -91,7 +94,9 @@ def _item(node: Any, part: str, override: str) -> Any:
     if not isinstance(node, list):
         raise ConfigError(f"override {override!r}: {part!r} is below the plain value {node!r}; shorten the path.")
     if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"override {override!r}: {part!r} is no index into a list of {len(node)}; use 0 to {len(node) - 1}.")
+        raise ConfigError(
+            f"override {override!r}: {part!r} is no index into a list of {len(node)}; use 0 to {len(node) - 1}."
+        )
     return node[int(part)]
 
 

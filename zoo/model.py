@@ -1,0 +1,151 @@
+"""Token embedding, pre-norm blocks of a mixer (and an MLP or none), a final norm and a tied head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.config import DataConfig, MLPConfig, ModelConfig
+from zoo.kernels.answer_loss import AnswerLoss, answer_loss
+from zoo.mixers import LayerInfo, mixers
+from zoo.state import State
+
+
+class ModelState(NamedTuple):
+    """All that a decode carries: each layer's state and, with learned positions, the next position (B,)."""
+
+    layers: tuple[State, ...]
+    position: Tensor | None
+
+
+class MLP(nn.Module):
+    """y = W_2 gelu(W_1 x), or y = W_2 (silu(W_1 x) * W_3 x) for SwiGLU (arXiv 2002.05202, eq. 6). x, y (..., D)."""
+
+    def __init__(self, d_model: int, config: MLPConfig) -> None:
+        super().__init__()
+        width = max(1, round(config.expand * d_model))
+        self.gated = config.activation == "swiglu"
+        self.up = nn.Linear(d_model, 2 * width if self.gated else width)
+        self.down = nn.Linear(width, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        if self.gated:
+            gate, value = h.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * value)
+        return self.down(F.gelu(h))
+
+
+class Block(nn.Module):
+    """x <- x + mixer(norm(x)); x <- x + mlp(norm(x)) where there is an MLP."""
+
+    def __init__(self, config: ModelConfig, layer: LayerInfo) -> None:
+        super().__init__()
+        norm = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+        spec = config.blocks[layer.index]
+        self.norm = norm(config.d_model)
+        self.mixer = mixers.get(spec.mixer)(spec.options, layer)
+        self.mlp_norm = norm(config.d_model) if config.mlp else None
+        self.mlp = MLP(config.d_model, config.mlp) if config.mlp else None
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x + self.mixer(self.norm(x))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The MLP half, which looks at each position alone."""
+        return x if self.mlp is None or self.mlp_norm is None else x + self.mlp(self.mlp_norm(x))
+
+
+class Model(nn.Module):
+    """A language model whose logits are computed only where an answer is asked.
+
+    Embedding and head share one (V, D) matrix, initialised N(0, 0.02^2) as in GPT-2; mixers initialise themselves.
+    """
+
+    def __init__(self, config: ModelConfig, vocabulary: int, max_seq_len: int) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len = max_seq_len
+        self.embedding = nn.Embedding(vocabulary, config.d_model)
+        self.positions = nn.Embedding(max_seq_len, config.d_model) if config.positions == "learned" else None
+        depth = len(config.blocks)
+        self.blocks = nn.ModuleList(
+            Block(config, LayerInfo(config.d_model, index, depth, max_seq_len, rotary=config.positions == "rotary"))
+            for index in range(depth)
+        )
+        self.norm = nn.LayerNorm(config.d_model) if config.norm == "layer" else nn.RMSNorm(config.d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.02)
+
+    def features(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens (B, T), positions (B, Q) -> the head's input at those positions (B, Q, D)."""
+        x = self._embed(tokens)
+        for block in self.blocks[:-1]:
+            x = block.feed(block.mix(x))
+        last = self.blocks[-1]
+        x = last.mix(x)
+        # What follows looks at each position alone, so only the asked ones go on.
+        asked = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+        return self.norm(last.feed(asked))
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens (B, T), positions (B, Q) -> logits (B, Q, V) at those positions."""
+        return self.features(tokens, positions) @ self.embedding.weight.T
+
+    def answer(self, tokens: Tensor, positions: Tensor, answers: Tensor, impl: str | None = None) -> AnswerLoss:
+        """tokens (B, T), positions and answers (B, Q) -> loss and prediction of each question (B * Q,)."""
+        return self.judge(self.features(tokens, positions), answers, impl)
+
+    def judge(self, features: Tensor, answers: Tensor, impl: str | None = None) -> AnswerLoss:
+        """The head's input (B, Q, D), answers (B, Q), -100 where there is none -> loss and prediction (B * Q,)."""
+        return answer_loss(features.flatten(0, 1), self.embedding.weight, answers.flatten(), impl=impl)
+
+    def prefill(self, tokens: Tensor) -> tuple[Tensor, ModelState]:
+        """tokens (B, T) -> the head's input at every position (B, T, D), the state after the last."""
+        x = self._embed(tokens)
+        states = []
+        for block in self.blocks:
+            y, state = block.mixer.prefill(block.norm(x))
+            x = block.feed(x + y)
+            states.append(state)
+        position = torch.full_like(tokens[:, 0], tokens.shape[1]) if self.positions is not None else None
+        return self.norm(x), ModelState(tuple(states), position)
+
+    def init_state(self, batch_size: int) -> ModelState:
+        """The state before the first token."""
+        device = self.embedding.weight.device
+        position = torch.zeros(batch_size, dtype=torch.int64, device=device) if self.positions is not None else None
+        return ModelState(tuple(block.mixer.init_state(batch_size) for block in self.blocks), position)
+
+    def step(self, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """One token a sequence (B,), the state -> the head's input (B, D), the next state."""
+        x = self.embedding(token)
+        position = state.position
+        if self.positions is not None and position is not None:
+            x = x + self.positions(position)
+            position = position + 1
+        states = []
+        for block, before in zip(self.blocks, state.layers, strict=True):
+            y, after = block.mixer.step(block.norm(x), before)
+            x = block.feed(x + y)
+            states.append(after)
+        return self.norm(x), ModelState(tuple(states), position)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return x if self.positions is None else x + self.positions.weight[: tokens.shape[1]]
+
+
+def build_model(config: ModelConfig, data: DataConfig, seed: int, device: str | torch.device = "cpu") -> Model:
+    """The model of a trial, initialised on the CPU from `seed` alone (the same on every device), then moved.
+
+    Raises ConfigError when a mixer does not fit the model, such as heads that do not divide d_model.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Model(config, data.vocabulary, data.max_seq_len)
+    return model.to(device)
