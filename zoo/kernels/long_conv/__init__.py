@@ -1,0 +1,40 @@
+"""Long causal depthwise convolution, with a skip and a gate."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from zoo.kernels.backend import backend
+from zoo.kernels.shapes import check_shapes
+
+IMPLS = ("reference", "chunked")
+
+
+def long_conv(
+    u: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """y_t = gate_t * (sum_{j <= t} kernel[:, j] * u_{t-j} + skip * u_t), channel by channel.
+
+    Args:
+        u: (B, T, D).
+        kernel: (D, L), its first tap meets the present token. Of L > T taps the first T are used; a kernel of L < T
+            taps is zero beyond.
+        skip: (D,).
+        gate: (B, T, D).
+        impl: "reference", "chunked" or None (by device).
+
+    Returns:
+        y (B, T, D) in u's dtype, summed in fp32 (fp64 for fp64).
+
+    Raises:
+        UnsupportedError: an unknown backend, or shapes that do not fit.
+
+    Source: Hyena (arXiv 2302.10866), definition 3.1; S4's convolution form (arXiv 2111.00396), equation 5.
+    """
+    check_shapes("long_conv", u=(u, "BTD"), kernel=(kernel, "DL"), skip=(skip, "D"), gate=(gate, "BTD"))
+    return backend(__name__, IMPLS, impl, u.device).long_conv(u, kernel, skip, gate)

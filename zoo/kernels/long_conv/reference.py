@@ -1,0 +1,24 @@
+"""y_t = gate_t * (sum_j kernel[:, j] u_{t-j} + skip u_t), one output after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.backend import state_dtype
+
+
+def long_conv(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None) -> Tensor:
+    dtype = state_dtype(u.dtype)
+    x, k = u.to(dtype), kernel.to(dtype)
+    L = k.shape[1]
+    outputs = []
+    for t in range(x.shape[1]):
+        past_BjD = x[:, max(t + 1 - L, 0) : t + 1].flip(1)
+        outputs.append((past_BjD * k.T[: past_BjD.shape[1]]).sum(1))
+    y = torch.stack(outputs, dim=1)
+    if skip is not None:
+        y = y + skip.to(dtype) * x
+    if gate is not None:
+        y = y * gate.to(dtype)
+    return y.to(u.dtype)
