@@ -1,0 +1,69 @@
+"""A chunk of rows at a time: its logits live in cache, once for the loss and once again for the gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zoo.kernels.backend import state_dtype
+
+IGNORE = -100
+# Logits that exist at a time: what a CPU core's second-level cache holds, or enough rows to fill a GPU.
+CPU_LOGITS = 1 << 19
+GPU_LOGITS = 1 << 25
+
+
+def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = state_dtype(hidden.dtype)
+    ignored = answers == IGNORE
+    loss, prediction = _CrossEntropy.apply(hidden.to(dtype), weight.to(dtype), answers.masked_fill(ignored, 0))
+    return loss.masked_fill(ignored, 0), prediction
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy and argmax of every row."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        log_sum, at_answer = hidden.new_empty(len(hidden)), hidden.new_empty(len(hidden))
+        prediction = torch.empty_like(answers)
+        for rows in _chunks(hidden, weight):
+            logits = hidden[rows] @ weight.T
+            largest, prediction[rows] = _max(logits)
+            at_answer[rows] = logits.gather(1, answers[rows, None]).squeeze(1)
+            log_sum[rows] = logits.sub_(largest[:, None]).exp_().sum(1).log_() + largest
+        ctx.save_for_backward(hidden, weight, answers, log_sum)
+        ctx.mark_non_differentiable(prediction)
+        return log_sum - at_answer, prediction
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, answers, log_sum = ctx.saved_tensors
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for rows in _chunks(hidden, weight):
+            # d loss_m / d logits_m = softmax(logits_m) - one_hot(answers_m)
+            slope = torch.addmm(-log_sum[rows, None], hidden[rows], weight.T).exp_()
+            slope.scatter_add_(1, answers[rows, None], slope.new_full((len(slope), 1), -1))
+            d_hidden[rows] = d_loss[rows, None] * (slope @ weight)
+            d_weight.addmm_(slope.T, d_loss[rows, None] * hidden[rows])
+        return d_hidden, d_weight, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    rows = max(1, (GPU_LOGITS if hidden.is_cuda else CPU_LOGITS) // len(weight))
+    return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
+
+
+def _max(logits: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+    """`logits.max(dim=1)` for M rows, several times as fast: a maximum is vectorised, finding its index is not."""
+    if logits.shape[1] % block:
+        largest, index = logits.max(dim=1)
+        return largest, index
+    blocks = logits.unflatten(1, (-1, block))
+    largest, best = blocks.amax(dim=2).max(dim=1)
+    within = blocks[torch.arange(len(logits), device=logits.device), best].argmax(dim=1)
+    return largest, best * block + within
