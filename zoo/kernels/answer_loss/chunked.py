@@ -24,7 +24,7 @@ def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy and argmax of every row."""
+    """Cross-entropy and argmax of every row. The gradient makes the logits again, except the last chunk's: kept."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,28 +34,36 @@ class _CrossEntropy(torch.autograd.Function):
             logits = hidden[rows] @ weight.T
             largest, prediction[rows] = _max(logits)
             at_answer[rows] = logits.gather(1, answers[rows, None]).squeeze(1)
-            log_sum[rows] = logits.sub_(largest[:, None]).exp_().sum(1).log_() + largest
-        ctx.save_for_backward(hidden, weight, answers, log_sum)
+            total = logits.sub_(largest[:, None]).exp_().sum(1)
+            log_sum[rows] = largest + total.log()
+        slope = _slope(logits.div_(total[:, None]), answers[rows])
+        ctx.save_for_backward(hidden, weight, answers, log_sum, slope)
         ctx.mark_non_differentiable(prediction)
         return log_sum - at_answer, prediction
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden, weight, answers, log_sum = ctx.saved_tensors
+        hidden, weight, answers, log_sum, slope = ctx.saved_tensors
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for rows in _chunks(hidden, weight):
-            # d loss_m / d logits_m = softmax(logits_m) - one_hot(answers_m)
-            slope = torch.addmm(-log_sum[rows, None], hidden[rows], weight.T).exp_()
-            slope.scatter_add_(1, answers[rows, None], slope.new_full((len(slope), 1), -1))
+        for rows in reversed(_chunks(hidden, weight)):
+            if slope is None:
+                p = torch.addmm(-log_sum[rows, None], hidden[rows], weight.T).exp_()
+                slope = _slope(p, answers[rows])
             d_hidden[rows] = d_loss[rows, None] * (slope @ weight)
             d_weight.addmm_(slope.T, d_loss[rows, None] * hidden[rows])
+            slope = None
         return d_hidden, d_weight, None
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     rows = max(1, (GPU_LOGITS if hidden.is_cuda else CPU_LOGITS) // len(weight))
-    return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
+    return [slice(start, start + rows) for start in range(0, max(1, len(hidden)), rows)]
+
+
+def _slope(p: Tensor, answers: Tensor) -> Tensor:
+    """d loss / d logits = p - one_hot(answers), in p's memory."""
+    return p.scatter_add_(1, answers[:, None], p.new_full((len(p), 1), -1))
 
 
 def _max(logits: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
