@@ -1,0 +1,403 @@
+"""The store: one JSON record a trial in a run folder; and the table, one row a trial."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from zoo.errors import ConfigError, RecordError, UnsupportedError, did_you_mean
+from zoo.record import SCHEMA, MeasuredState, Record
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class RecordWarning(UserWarning):
+    """A stored record cannot be read and was set aside."""
+
+
+class RunStore:
+    """A run folder: `records/KEY.json`, one a trial; `sweep.json`, what was asked for; `corrupt/`, what was set aside.
+
+    create: make the folder. Without it a folder that does not exist raises RecordError: a typo is not an empty run.
+    """
+
+    def __init__(self, path: str | Path, create: bool = False) -> None:
+        self.path = Path(path)
+        self.records = self.path / "records"
+        if create:
+            self.records.mkdir(parents=True, exist_ok=True)
+        elif not self.records.is_dir():
+            parent = self.path.parent
+            runs = [str(p.parent) for p in sorted(parent.glob("*/records"))] if parent.is_dir() else []
+            raise RecordError(
+                f"{str(path)!r} is no run folder (it has no records/).{did_you_mean(str(path), runs)} "
+                "`zoo sweep FILE --run FOLDER` makes one."
+            )
+
+    def __repr__(self) -> str:
+        return f"RunStore({str(self.path)!r})"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run folder while writing to it; what an interrupted write left is removed first.
+
+        The operating system frees the lock when its process ends, however it ends. Raises RecordError when another
+        process holds it.
+        """
+        import fcntl
+
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RecordError(
+                    f"another sweep is writing to {str(self.path)!r}; wait for it, or choose another run folder."
+                ) from None
+            except OSError as error:
+                warnings.warn(
+                    f"{str(self.path)!r} is on a file system without locks ({error}); see to it that only one sweep "
+                    "writes there.",
+                    RecordWarning,
+                    stacklevel=3,
+                )
+            for leftover in [*self.path.glob("*.tmp"), *self.records.glob("*.tmp")]:
+                leftover.unlink()
+            yield
+
+    def write(self, record: Record) -> Path:
+        """Store a record, in place of one with the same key. The file is either whole and on the disk, or not there."""
+        path = self.records / f"{record.key}.json"
+        _write_durably(path, record.model_dump_json())
+        return path
+
+    def keys(self) -> set[str]:
+        """The keys of the stored records; nothing is read, so a corrupt one counts."""
+        return {path.stem for path in self.records.glob("*.json")}
+
+    def load(self) -> list[Record]:
+        """Every readable record, by key. One that cannot be read is named in a RecordWarning and moved to corrupt/."""
+        records = []
+        # Every object stays alive, so collecting garbage meanwhile finds nothing and triples the time.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for path in sorted(self.records.glob("*.json")):
+                try:
+                    records.append(_read(path))
+                except RecordError as error:
+                    warnings.warn(f"{error} {self._set_aside(path)}", RecordWarning, stacklevel=2)
+        finally:
+            if collecting:
+                gc.enable()
+        return records
+
+    def get(self, key: str) -> Record:
+        """The record whose key is, or begins with, `key`. Raises RecordError: none, several, or it cannot be read."""
+        found = sorted(k for k in self.keys() if k.startswith(key))
+        if not found or not key:
+            raise RecordError(
+                f"no record of {str(self.path)!r} ({len(self.keys())} records) has the key {key!r}; "
+                "`zoo table` lists the keys."
+            )
+        if len(found) > 1:
+            some = ", ".join(k[: len(key) + 8] for k in found[:5])
+            raise RecordError(
+                f"{len(found)} records begin with {key!r} ({some}{', ...' if len(found) > 5 else ''}); add digits."
+            )
+        path = self.records / f"{found[0]}.json"
+        try:
+            return _read(path)
+        except RecordError as error:
+            raise RecordError(f"{error} {self._set_aside(path)}") from error
+
+    def write_sweep(self, snapshot: dict[str, Any]) -> None:
+        """Store what was asked for, as plain data, in sweep.json."""
+        _write_durably(self.path / "sweep.json", json.dumps(snapshot, indent=1))
+
+    def read_sweep(self) -> dict[str, Any] | None:
+        """The snapshot, or None when there is none. Raises RecordError when it is not valid JSON."""
+        path = self.path / "sweep.json"
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_bytes())
+        except ValueError as error:
+            raise RecordError(
+                f"{str(path)!r} is not valid JSON ({error}); delete it: the records do not need it."
+            ) from error
+
+    def _set_aside(self, path: Path) -> str:
+        aside = self.path / "corrupt"
+        try:
+            aside.mkdir(exist_ok=True)
+            path.replace(aside / path.name)
+        except OSError as error:
+            return f"It could not be moved to corrupt/ ({error.strerror}) and was skipped."
+        return "It was moved to corrupt/; the same sweep runs this trial again."
+
+
+def _read(path: Path) -> Record:
+    """The record in one file. Raises RecordError that names the file and what is wrong with it."""
+    data = path.read_bytes()
+    try:
+        record = Record.model_validate_json(data)
+    except ValidationError as error:
+        raise RecordError(f"record {str(path)!r} cannot be read: {_what_is_wrong(data, error)}.") from error
+    if record.schema_version != SCHEMA:
+        raise RecordError(f"record {str(path)!r} cannot be read: {_wrong_schema(record.schema_version)}.")
+    if record.key != path.stem:
+        raise RecordError(f"record {str(path)!r} cannot be read: it holds the record of the key {record.key!r}.")
+    return record
+
+
+def _what_is_wrong(data: bytes, error: ValidationError) -> str:
+    if not data:
+        return "the file is empty"
+    try:
+        content = json.loads(data)
+    except ValueError as syntax:
+        return f"it is not valid JSON ({syntax})"
+    if isinstance(content, dict) and content.get("schema_version", SCHEMA) != SCHEMA:
+        return _wrong_schema(content["schema_version"])
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the record"
+    return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _wrong_schema(version: Any) -> str:
+    return f"it has schema version {version}, this zoo reads {SCHEMA}"
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Write to a temporary file beside `path`, fsync, rename, fsync the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load_runs(paths: Iterable[str | Path]) -> list[Record]:
+    """The records of several run folders together, by key; of one trial in two runs the ok one, then the newest."""
+    best: dict[str, Record] = {}
+    for path in paths:
+        for record in RunStore(path).load():
+            other = best.get(record.key)
+            if other is None or _rank(record) > _rank(other):
+                best[record.key] = record
+    return [best[key] for key in sorted(best)]
+
+
+def _rank(record: Record) -> tuple[bool, str]:
+    return record.status == "ok", record.provenance.started
+
+
+def family(model: dict[str, Any]) -> str:
+    """The mixers of a model's layers other than the gated convolution, joined by `+`; a plugin's by its class name."""
+    names = list(dict.fromkeys(layer["mixer"].rpartition(":")[2] for layer in model["layers"]))
+    return "+".join([name for name in names if name != "gated_conv"] or names)
+
+
+# The letters that papers and figures use; any other field is written out.
+SYMBOLS = {
+    "d_model": "d",
+    "feature_dim": "f",
+    "state_dim": "N",
+    "d_state": "N",
+    "window": "w",
+    "num_heads": "h",
+    "depth": "L",
+}
+
+
+def features(record: Record) -> dict[str, Any]:
+    """What tells a record's model from others of its family: flat settings of model, training, engine and mixers."""
+    model, training = record.trial["model"], record.trial["training"]
+    flat = {name: value for name, value in flatten(model).items() if not name.startswith("layers.")}
+    flat["layers"] = "+".join(layer["mixer"].rpartition(":")[2] for layer in model["layers"])
+    options: dict[str, list[Any]] = {}
+    for layer in model["layers"]:
+        for option, value in flatten(layer).items():
+            if option != "mixer":
+                options.setdefault(f"{layer['mixer'].rpartition(':')[2]}.{option}", []).append(value)
+    # Several layers of one mixer: one value when they agree, else all of them.
+    flat |= {name: v[0] if all(x == v[0] for x in v) else "/".join(map(str, v)) for name, v in options.items()}
+    flat |= {f"training.{name}": value for name, value in flatten(training).items()}
+    return flat | {f"{name} version": v for name, v in record.versions.items() if not name.startswith("task ")}
+
+
+def labels(records: Iterable[Record]) -> list[str]:
+    """A short label for each record: `d_model` and the settings that vary within its family, such as `d64 f16`."""
+    known: dict[str, dict[str, Any]] = {}
+    described = []
+    for record in records:
+        identity = json.dumps([record.trial["model"], record.trial["training"], record.versions])
+        if identity not in known:
+            known[identity] = features(record)
+        described.append((family(record.trial["model"]), known[identity]))
+    families: dict[str, list[dict[str, Any]]] = {}
+    for name, found in described:
+        families.setdefault(name, []).append(found)
+    shown = {name: {"d_model", *_varying(members)} for name, members in families.items()}
+    return [_label({s: value for s, value in found.items() if s in shown[name]}) for name, found in described]
+
+
+def _varying(settings: list[dict[str, Any]]) -> list[str]:
+    """The names whose value is not the same in all `settings`, or missing in some, in order of appearance."""
+    values: dict[str, list[Any]] = {}
+    for flat in settings:
+        for name, value in flat.items():
+            values.setdefault(name, []).append(value)
+    return [name for name, v in values.items() if len(v) < len(settings) or any(x != v[0] for x in v)]
+
+
+def _label(settings: dict[str, Any]) -> str:
+    last = [setting.rpartition(".")[2] for setting in settings]
+    parts = []
+    for (setting, value), short in zip(settings.items(), last, strict=True):
+        name = short if last.count(short) == 1 else setting
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        parts.append(f"{SYMBOLS[name]}{text}" if name in SYMBOLS else f"{name}={text}")
+    return " ".join(parts)
+
+
+def flatten(value: Any) -> dict[str, Any]:
+    """Nested mappings and lists of mappings as one mapping with dotted names; a plain list is one value."""
+    flat: dict[str, Any] = {}
+    _flatten_into(flat, "", value)
+    return flat
+
+
+def _flatten_into(flat: dict[str, Any], prefix: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _flatten_into(flat, f"{prefix}.{name}" if prefix else name, item)
+    elif isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+        for index, item in enumerate(value):
+            _flatten_into(flat, f"{prefix}.{index}", item)
+    else:
+        flat[prefix] = value
+
+
+def longest_state(record: Record, seq_len: int | None = None) -> MeasuredState | None:
+    """The state as measured after the most tokens, or after `seq_len`; None when the trial failed before that."""
+    if record.outcome is None:
+        return None
+    states = [state for state in record.outcome.state if seq_len in (None, state.seq_len)]
+    return max(states, key=lambda state: state.seq_len, default=None)
+
+
+def error_text(record: Record) -> str | None:
+    """Why a trial has no accuracy, in one line; None when it has one."""
+    if record.failure is not None:
+        return f"{record.failure.error}: {record.failure.message}"
+    if record.status == "diverged" and record.outcome is not None:
+        return record.outcome.message
+    return None
+
+
+_PLAIN = {
+    "model.d_model": "d_model",
+    "optimizer.lr": "lr",
+    "optimizer.weight_decay": "weight_decay",
+    "seed": "seed",
+}
+
+
+def table(records: Iterable[Record]) -> pd.DataFrame:
+    """One row a trial: key, status, model, every setting that varies (dotted names), accuracies, state, cost, error.
+
+    Accuracies are fractions, `accuracy.SLICE` one test slice's; the state is that of one sequence at the longest test
+    slice (`state_seq_len`); `agreement` is the share of answers that are the same through the state; seconds are the
+    whole trial's.
+    """
+    import pandas as pd
+
+    records = list(records)
+    settings = [flatten(record.trial) for record in records]
+    varying = [name for name in _varying(settings) if name not in _PLAIN]
+    rows = []
+    for record, flat, label in zip(records, settings, labels(records), strict=True):
+        outcome, state = record.outcome, longest_state(record)
+        row: dict[str, Any] = {
+            "key": record.key,
+            "status": record.status,
+            "family": family(record.trial["model"]),
+            "label": label,
+            **{short: flat.get(name) for name, short in _PLAIN.items()},
+            **{name: _plain(flat.get(name)) for name in varying},
+            "validation_accuracy": outcome.validation_accuracy if outcome else None,
+            "test_accuracy": outcome.test_accuracy if outcome else None,
+            **{f"accuracy.{part.name}": part.accuracy for part in (outcome.test if outcome else ())},
+            "state_bytes": state.bytes if state else None,
+            "state_elements": state.elements if state else None,
+            "state_seq_len": state.seq_len if state else None,
+            "parameters": outcome.parameters if outcome else None,
+            "steps": outcome.steps if outcome else None,
+            "agreement": outcome.agreement.same_answers if outcome and outcome.agreement else None,
+            "seconds": record.provenance.seconds,
+            "error": error_text(record),
+        }
+        rows.append(row)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    # The accuracies by slice stay together though the first rows may be failures without any.
+    slices = [name for name in columns if name.startswith("accuracy.")]
+    rest = [name for name in columns if not name.startswith("accuracy.")]
+    at = rest.index("test_accuracy") + 1 if rest else 0
+    frame = pd.DataFrame(rows, columns=[*rest[:at], *slices, *rest[at:]])
+    for name in ("state_bytes", "state_elements", "state_seq_len", "parameters", "steps"):
+        if name in frame:
+            frame[name] = frame[name].astype("Int64")
+    for name in ("validation_accuracy", "test_accuracy", "agreement", *slices):
+        if name in frame:
+            frame[name] = frame[name].astype("float64")
+    return frame
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def export(records: Iterable[Record], path: str | Path) -> None:
+    """Write `table(records)` as .csv or .parquet.
+
+    Raises ConfigError on another suffix, UnsupportedError when pyarrow is missing.
+    """
+    file = Path(path)
+    if file.suffix not in (".csv", ".parquet"):
+        raise ConfigError(f"cannot export to {str(path)!r}: the suffix {file.suffix!r} must be .csv or .parquet.")
+    frame = table(records)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".csv":
+        frame.to_csv(file, index=False)
+        return
+    for name in frame.columns:
+        # A Parquet column has one type; a setting may be a number in one mixer and text in another.
+        kinds = {type(value) for value in frame[name].dropna()}
+        if len(kinds) > 1 and not kinds <= {int, float}:
+            frame[name] = frame[name].map(lambda value: None if value is None else str(value))
+    try:
+        frame.to_parquet(file, engine="pyarrow", index=False)
+    except ImportError as error:
+        raise UnsupportedError(
+            f"cannot export to {str(path)!r}: Parquet needs pyarrow; `pip install 'zoo-mixers[parquet]'`, or use .csv."
+        ) from error
