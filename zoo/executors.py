@@ -1,0 +1,375 @@
+"""Where trials run: in this process, or on Ray. Both run the same function and give the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import logging
+import math
+import os
+import pickle
+import platform
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from zoo.errors import ConfigError, PluginError, UnsupportedError
+from zoo.record import Epoch, Failure, Outcome, Provenance, Record
+
+ATTEMPTS = 3
+"""How often a trial is tried whose worker process dies."""
+
+TRIALS_PER_WORKER = 50
+"""Trials after which a worker process is replaced, so that a leak in a plugin stays small."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial to run, as plain data: a worker can read it before it knows the plugins."""
+
+    key: str
+    label: str
+    trial: dict[str, Any]
+    versions: dict[str, str]
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for every trial of a sweep. plugins: absolute paths of files, or names of modules."""
+
+    device: str = "cpu"
+    threads: int = 1
+    plugins: tuple[str, ...] = ()
+    executor: str = "inline"
+    git: str | None = None
+
+
+class Listener(Protocol):
+    """What is told how trials go, always in the driver's own thread."""
+
+    def started(self, job: Job) -> None: ...
+
+    def epoch(self, job: Job, epoch: Epoch) -> None: ...
+
+    def finished(self, job: Job, record: Record) -> None: ...
+
+    def lost(self, job: Job, reason: str) -> None:
+        """The worker process died; the trial is tried again later."""
+
+
+def load_plugins(plugins: Sequence[str]) -> None:
+    """Import every plugin: a file that ends in .py, or a module. Raises PluginError that names it."""
+    from zoo.registry import load_file
+
+    for plugin in plugins:
+        if plugin.endswith(".py"):
+            load_file(plugin)
+            continue
+        try:
+            importlib.import_module(plugin)
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginError(f"plugin module {plugin!r} fails to import: {type(error).__name__}: {error}") from error
+
+
+def execute(job: Job, setting: Setting, on_epoch: Callable[[Epoch], None] | None = None) -> Record:
+    """Run one trial in this process. A trial that raises gives a record too, with its traceback."""
+    import torch
+
+    from zoo.config import Trial
+    from zoo.train import run_trial
+
+    started, clock = _now(), time.perf_counter()
+    try:
+        load_plugins(setting.plugins)
+        trial = Trial.model_validate(job.trial)
+        if trial.key != job.key:
+            raise PluginError(
+                f"the worker's code differs from the driver's: versions {trial.versions} there, {job.versions} here; "
+                "use the same zoo and the same plugins everywhere, and do not edit them during a sweep."
+            )
+        torch.set_num_threads(setting.threads)
+        result: Outcome | Failure = run_trial(trial, device=setting.device, threads=setting.threads, on_epoch=on_epoch)
+    except (Exception, SystemExit) as error:
+        result = Failure(error=type(error).__name__, message=str(error), traceback=traceback.format_exc())
+    return _record(job, setting, result, started, time.perf_counter() - clock)
+
+
+def _record(job: Job, setting: Setting, result: Outcome | Failure, started: str, seconds: float) -> Record:
+    import torch
+
+    import zoo
+
+    return Record(
+        key=job.key,
+        status=result.status if isinstance(result, Outcome) else "failed",
+        trial=job.trial,
+        versions=job.versions,
+        outcome=result if isinstance(result, Outcome) else None,
+        failure=result if isinstance(result, Failure) else None,
+        provenance=Provenance(
+            zoo=zoo.__version__,
+            git=setting.git,
+            torch=torch.__version__,
+            python=platform.python_version(),
+            device=_device_name(setting.device),
+            threads=setting.threads,
+            executor=setting.executor,
+            started=started,
+            seconds=seconds,
+            attempt=job.attempt,
+        ),
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return device
+
+
+class InlineExecutor:
+    """One trial after another in this process."""
+
+    slots = 1
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = replace(setting, executor="inline")
+
+    def run(self, jobs: Sequence[Job], listener: Listener) -> None:
+        import torch
+
+        threads = torch.get_num_threads()
+        try:
+            for job in jobs:
+                listener.started(job)
+                record = execute(job, self.setting, functools.partial(listener.epoch, job))
+                listener.finished(job, record)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@dataclass
+class RayExecutor:
+    """Trials as Ray Core tasks that stream their epochs and then their record.
+
+    Without RAY_ADDRESS a private Ray starts on this machine and ends with the sweep; with it, or inside a program that
+    has called `ray.init`, that Ray is used. `workers` trials run at once: by default as many as there are cores
+    (divided by `threads`), or, on cuda, GPUs; more workers than GPUs share them.
+
+    A worker process that dies (out of memory, a segmentation fault, an exit) takes its trial along. Such a trial is
+    tried again alone, when the others are done, because the guilty one can take innocent ones along.
+    """
+
+    setting: Setting
+    workers: int | None = None
+    slots: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.setting = replace(self.setting, executor="ray")
+        if self.setting.device not in ("cpu", "cuda"):
+            raise ConfigError(
+                f"device {self.setting.device!r} cannot be used on Ray, which hands out devices itself; use cpu or "
+                "cuda, or --executor inline."
+            )
+
+    def run(self, jobs: Sequence[Job], listener: Listener) -> None:
+        with self._session() as ray:
+            _Flight(ray, self._task(ray), self.setting, listener, self._in_flight()).run(jobs)
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[Any]:
+        ray = import_ray()
+        own = not ray.is_initialized()
+        if own:
+            self._start(ray)
+        try:
+            self._count_slots(ray)
+            yield ray
+        finally:
+            if own:
+                ray.shutdown()
+
+    def _start(self, ray: Any) -> None:
+        # Ray's hints about its own set-up are not the user's business; its errors still come through.
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        options: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
+        if "RAY_ADDRESS" in os.environ:
+            ray.init(**options)
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            address="local",
+            num_cpus=machine_slots(self.setting, self.workers) * self.setting.threads,
+            num_gpus=None if self.setting.device == "cuda" else 0,
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,
+            **options,
+        )
+
+    def _count_slots(self, ray: Any) -> None:
+        resources = ray.cluster_resources()
+        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+        if cpus < self.setting.threads:
+            raise ConfigError(f"{self.setting.threads} threads a trial, but Ray has {cpus} CPUs; lower --threads.")
+        if self.setting.device == "cuda" and not gpus:
+            raise UnsupportedError("device cuda, but Ray sees no GPU; use --device cpu.")
+        self._gpu_share = 0.0
+        self.slots = cpus // self.setting.threads
+        if self.setting.device == "cuda":
+            per_gpu = math.ceil((self.workers or gpus) / gpus)
+            self._gpu_share = 1 / per_gpu
+            self.slots = min(self.slots, gpus * per_gpu)
+        self.slots = min(self.slots, self.workers or self.slots)
+
+    def _in_flight(self) -> int:
+        # A waiting task for each slot, so that no worker idles while the driver writes a record.
+        return 2 * self.slots if self.workers is None else self.slots
+
+    def _task(self, ray: Any) -> Any:
+        # A local function travels by value, and its arguments as bytes: a worker finds zoo once sys.path is complete.
+        def run_trial(sys_path: list[str], payload: bytes) -> Iterator[Any]:
+            sys.path += [path for path in sys_path if path not in sys.path]
+            from zoo.executors import stream
+
+            yield from stream(*pickle.loads(payload))
+
+        return ray.remote(
+            num_cpus=self.setting.threads,
+            num_gpus=self._gpu_share,
+            num_returns="streaming",
+            max_calls=TRIALS_PER_WORKER,
+            max_retries=0,
+        )(run_trial)
+
+
+def machine_slots(setting: Setting, workers: int | None = None) -> int:
+    """Trials that run at once on this machine: `workers`, or one for each GPU, or one for each `threads` cores."""
+    import torch
+
+    if workers is not None:
+        return workers
+    if setting.device == "cuda":
+        return torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // setting.threads)
+
+
+def import_ray() -> Any:
+    """Ray, or UnsupportedError with the remedy."""
+    try:
+        # Read when Ray is imported. The driver reports the death of a worker itself.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", r"worker.*(died|killed)")
+        import ray
+    except ImportError as error:
+        raise UnsupportedError(
+            f"Ray cannot be imported ({error}); `pip install 'zoo-mixers[ray]'`, or use --executor inline."
+        ) from error
+    return ray
+
+
+def stream(job: Job, setting: Setting) -> Iterator[Epoch | Record | None]:
+    """In a worker: None when the trial starts, its epochs as they end, its record."""
+    yield None
+    events: queue.SimpleQueue[Epoch | Record | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            events.put(execute(job, setting, events.put))
+        finally:
+            events.put(None)
+
+    threading.Thread(target=work, daemon=True).start()
+    while (event := events.get()) is not None:
+        yield event
+
+
+class _Flight:
+    """The driver's side of a sweep on Ray: at most `limit` tasks at once, each a stream of events."""
+
+    def __init__(self, ray: Any, task: Any, setting: Setting, listener: Listener, limit: int) -> None:
+        self.ray, self.task, self.setting, self.listener, self.limit = ray, task, setting, listener, limit
+        self.flying: dict[Any, Job] = {}
+        self.recorded: set[str] = set()
+        self.suspects: deque[Job] = deque()
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        waiting = deque(jobs)
+        try:
+            while waiting or self.flying or self.suspects:
+                while waiting and len(self.flying) < self.limit:
+                    self._submit(waiting.popleft())
+                if not self.flying:
+                    self._submit(self.suspects.popleft())
+                # The time-out lets Python see Ctrl-C.
+                ready, _ = self.ray.wait(list(self.flying), num_returns=1, timeout=0.5)
+                for one in ready:
+                    self._next_event(one)
+        except BaseException:
+            for one in self.flying:
+                self.ray.cancel(one, force=True)
+            raise
+
+    def _submit(self, job: Job) -> None:
+        paths = [str(Path(path).resolve()) for path in sys.path]
+        self.flying[self.task.remote(paths, pickle.dumps((job, self.setting)))] = job
+
+    def _next_event(self, one: Any) -> None:
+        job = self.flying[one]
+        try:
+            event = self.ray.get(next(one))
+        except StopIteration:
+            del self.flying[one]
+            if job.key not in self.recorded:
+                self._fail(job, "WorkerDied", "the worker ended without a result.", "")
+        except self.ray.exceptions.RayTaskError as error:
+            # zoo itself cannot be imported there, or the like: it would fail again.
+            del self.flying[one]
+            self._fail(job, type(error.cause).__name__, str(error.cause), str(error))
+        except self.ray.exceptions.RayError as error:
+            del self.flying[one]
+            self._died(job, error)
+        else:
+            if event is None:
+                self.listener.started(job)
+            elif isinstance(event, Epoch):
+                self.listener.epoch(job, event)
+            else:
+                self._finish(job, event)
+
+    def _finish(self, job: Job, record: Record) -> None:
+        self.recorded.add(job.key)
+        self.listener.finished(job, record)
+
+    def _died(self, job: Job, error: Exception) -> None:
+        if job.attempt < ATTEMPTS:
+            self.listener.lost(job, type(error).__name__)
+            self.suspects.append(replace(job, attempt=job.attempt + 1))
+            return
+        message = (
+            f"the worker process died in each of {ATTEMPTS} attempts, the last ones with no other trial beside it: out "
+            "of memory, a crash in native code, or an exit call. Try it with --executor inline, or a smaller model."
+        )
+        self._fail(job, "WorkerDied", message, str(error))
+
+    def _fail(self, job: Job, error: str, message: str, details: str) -> None:
+        failure = Failure(error=error, message=message, traceback=details)
+        self._finish(job, _record(job, self.setting, failure, _now(), 0.0))

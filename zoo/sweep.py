@@ -1,0 +1,287 @@
+"""A sweep's trials -> records in a run folder. What has a record is not run again."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal, get_args
+
+from zoo.config import Sweep, Trial
+from zoo.errors import ConfigError, UnsupportedError
+from zoo.executors import InlineExecutor, Job, Listener, RayExecutor, Setting, import_ray, machine_slots
+from zoo.progress import clock, make_progress
+from zoo.record import Record
+from zoo.results import RunStore, error_text
+from zoo.tasks import IGNORE, Task
+
+ExecutorName = Literal["auto", "ray", "inline"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a trial takes if it does not stop early. flops: multiply-adds of the weight matrices times 2, forward and
+    backward; attention scores and scans are left out."""
+
+    parameters: int
+    tokens: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """A trial of a sweep, and what its run folder already holds of it. seconds: as similar finished trials took."""
+
+    trial: Trial
+    record: Record | None
+    will_run: bool
+    cost: Cost | None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a sweep ended. `done`: the records written by this call; `earlier`: those that were there before."""
+
+    name: str
+    run: Path
+    done: tuple[Record, ...]
+    earlier: tuple[Record, ...]
+    missing: int
+    seconds: float
+    labels: Mapping[str, str]
+    interrupted: bool = False
+
+    @property
+    def failed(self) -> list[Record]:
+        """Every failed trial of the sweep, of this call or an earlier one."""
+        return [record for record in (*self.done, *self.earlier) if record.status == "failed"]
+
+    @property
+    def exit_code(self) -> int:
+        return 130 if self.interrupted else 1 if self.failed else 0
+
+    def __str__(self) -> str:
+        count = {s: sum(r.status == s for r in self.done) for s in ("ok", "diverged", "failed")}
+        news = ", ".join(f"{n} {status}" for status, n in count.items() if n) or "nothing to run"
+        lines = [f"{self.name}: {news} in {clock(self.seconds)}; {len(self.earlier)} trials had a record before."]
+        for record in self.failed:
+            lines.append(f"  failed {record.key[:8]}  {self.labels[record.key]}")
+            lines += [f"      {line}" for line in (error_text(record) or "").splitlines()[:2]]
+        if self.failed:
+            lines.append(f"Tracebacks: zoo inspect {self.run} KEY. Run the failed ones again: --retry-failed.")
+        if self.interrupted:
+            lines.append(f"Interrupted with {self.missing} trials to go; the same command goes on from here.")
+        return "\n".join(lines)
+
+
+def run_sweep(
+    sweep: Sweep,
+    run_dir: str | Path,
+    *,
+    executor: ExecutorName = "auto",
+    device: str | None = None,
+    workers: int | None = None,
+    threads: int = 1,
+    plugins: Sequence[str] = (),
+    retry_failed: bool = False,
+    progress: bool = True,
+) -> Summary:
+    """Run every trial of `sweep` that has no record in `run_dir`, and write one record for each as it ends.
+
+    executor: `inline` runs one trial after another in this process, `ray` several at once; `auto` is ray where it is
+    installed and there is more than one trial and slot. device: cpu or cuda; None is cuda where torch sees one.
+    workers: trials at once on ray. threads: of the CPU, for each trial; results depend on it in the last bits.
+    plugins: files or modules that workers import; this process must have imported them already.
+    retry_failed: run trials whose record is a failure again. progress: report on stderr.
+
+    Ctrl-C ends it with a summary whose `interrupted` is set; the same call later goes on.
+
+    Raises:
+        ConfigError: a model or task that cannot be built, before any trial runs.
+        RecordError: another sweep is writing to `run_dir`.
+        UnsupportedError: the executor or the device is not there.
+    """
+    begin = time.monotonic()
+    _check_arguments(executor, workers, threads)
+    setting = Setting(_resolve_device(device, executor), threads, _absolute(plugins), git=_git_commit())
+    plan = plan_sweep(sweep, run_dir, retry_failed=retry_failed)
+    earlier = tuple(p.record for p in plan if p.record is not None and not p.will_run)
+    store = RunStore(run_dir, create=True)
+    done: dict[str, Record] = {}
+    interrupted = False
+    with store.lock():
+        pending = _longest_first(p for p in plan if p.will_run)
+        store.write_sweep({"name": sweep.name, "source": sweep.source, "keys": [t.key for t in sweep.trials]})
+        costs = {p.trial.key: p.cost.flops for p in pending if p.cost is not None}
+        epochs = {p.trial.key: p.trial.training.epochs for p in pending}
+        try:
+            if pending:
+                run = _choose(executor, setting, workers, len(pending))
+                with make_progress(sweep.name, costs, epochs, progress) as display:
+                    run.run([_job(p.trial) for p in pending], _Recorder(store, display, done))
+        except KeyboardInterrupt:
+            interrupted = True
+    return Summary(
+        sweep.name,
+        Path(run_dir),
+        tuple(done.values()),
+        earlier,
+        len(pending) - len(done),
+        time.monotonic() - begin,
+        {trial.key: trial.label for trial in sweep.trials},
+        interrupted,
+    )
+
+
+def plan_sweep(
+    sweep: Sweep, run_dir: str | Path, *, retry_failed: bool = False, every: bool = False
+) -> list[PlannedTrial]:
+    """What running `sweep` would do; nothing runs and nothing is written.
+
+    Builds each distinct model that will run (`every`: also the others) once, and estimates costs.
+
+    Raises ConfigError that names every setting that cannot run.
+    """
+    records = {r.key: r for r in RunStore(run_dir).load()} if (Path(run_dir) / "records").is_dir() else {}
+    due = {t.key for t in sweep.trials if t.key not in records or (retry_failed and records[t.key].status == "failed")}
+    costs = _estimate([t for t in sweep.trials if every or t.key in due])
+    rates = _rates(sweep.trials, records)
+    plan = []
+    for trial in sweep.trials:
+        cost = costs.get(trial.key)
+        rate = rates.get(trial.model.family)
+        seconds = cost.flops * rate if cost is not None and rate is not None else None
+        plan.append(PlannedTrial(trial, records.get(trial.key), trial.key in due, cost, seconds))
+    return plan
+
+
+def _estimate(trials: list[Trial]) -> dict[str, Cost]:
+    """By key. Each distinct model and mixture is built once; the errors of all are raised together."""
+    from zoo.train import validate
+
+    parameters: dict[str, int] = {}
+    errors: dict[str, None] = {}
+    costs = {}
+    for trial in trials:
+        same = f"{trial.model.model_dump_json()} {trial.data.model_dump_json()} {trial.training.batch_size}"
+        if same not in parameters:
+            try:
+                parameters[same] = validate(trial)
+            except ConfigError as error:
+                errors[f"{trial.label}: {error}"] = None
+                parameters[same] = 0
+        costs[trial.key] = _cost(trial, parameters[same])
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return costs
+
+
+def _cost(trial: Trial, parameters: int) -> Cost:
+    embedding = trial.data.vocabulary * trial.model.d_model
+    tokens = answers = 0
+    for entry in trial.data.train:
+        tokens += entry.examples * entry.options.length
+        answers += entry.examples * _answers_per_example(entry.options)
+    epochs = trial.training.epochs
+    flops = 6.0 * epochs * (tokens * max(1, parameters - embedding) + answers * embedding)
+    return Cost(parameters, tokens * epochs, flops)
+
+
+@functools.lru_cache(maxsize=1024)
+def _answers_per_example(task: Task) -> int:
+    return int((task.sample(1, 0, "train").answers != IGNORE).sum())
+
+
+def _rates(trials: Iterable[Trial], records: dict[str, Record]) -> dict[str, float]:
+    """Seconds per FLOP of each family, the median over its finished trials."""
+    found: dict[str, list[float]] = {}
+    for trial in trials:
+        record = records.get(trial.key)
+        if record is not None and record.status == "ok" and record.outcome is not None:
+            cost = _cost(trial, record.outcome.parameters)
+            found.setdefault(trial.model.family, []).append(record.provenance.seconds / cost.flops)
+    return {name: median(rates) for name, rates in found.items()}
+
+
+class _Recorder:
+    """Writes each record before it is shown."""
+
+    def __init__(self, store: RunStore, display: Listener, done: dict[str, Record]) -> None:
+        self.store, self.display, self.done = store, display, done
+        self.started, self.epoch, self.lost = display.started, display.epoch, display.lost
+
+    def finished(self, job: Job, record: Record) -> None:
+        self.store.write(record)
+        self.done[job.key] = record
+        self.display.finished(job, record)
+
+
+def _job(trial: Trial) -> Job:
+    return Job(trial.key, trial.label, trial.model_dump(mode="json"), trial.versions)
+
+
+def _longest_first(plan: Iterable[PlannedTrial]) -> list[PlannedTrial]:
+    # The last trials to end are then short ones, and no slot idles for long.
+    return sorted(plan, key=lambda p: -p.cost.flops if p.cost is not None else 0.0)
+
+
+def _choose(executor: str, setting: Setting, workers: int | None, trials: int) -> InlineExecutor | RayExecutor:
+    if executor == "auto":
+        several = trials > 1 and ("RAY_ADDRESS" in os.environ or machine_slots(setting, workers) > 1)
+        executor = "ray" if several and importlib.util.find_spec("ray") is not None else "inline"
+    if executor == "inline":
+        if workers is not None and workers > 1:
+            raise ConfigError(f"{workers} workers need Ray: --executor ray, after `pip install 'zoo-mixers[ray]'`.")
+        return InlineExecutor(setting)
+    return RayExecutor(setting, workers)
+
+
+def _check_arguments(executor: str, workers: int | None, threads: int) -> None:
+    if executor not in get_args(ExecutorName):
+        raise ConfigError(f"unknown executor {executor!r}; use one of {', '.join(get_args(ExecutorName))}.")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers {workers} must be at least 1.")
+    if threads < 1:
+        raise ConfigError(f"threads {threads} must be at least 1.")
+    if executor == "ray":
+        import_ray()
+
+
+def _resolve_device(device: str | None, executor: str) -> str:
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ConfigError(f"unknown device {device!r}; use cpu or cuda.") from None
+    # A Ray driver may stand on a machine without a GPU.
+    if kind == "cuda" and executor != "ray" and not torch.cuda.is_available():
+        raise UnsupportedError(f"device {device!r}, but torch {torch.__version__} sees no GPU; use --device cpu.")
+    return device
+
+
+def _absolute(plugins: Iterable[str]) -> tuple[str, ...]:
+    return tuple(str(Path(p).expanduser().resolve()) if p.endswith(".py") else p for p in plugins)
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that zoo runs from, `+dirty` when files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return None
+    commit = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    status = subprocess.run([git, "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    if commit.returncode or status.returncode:
+        return None
+    return commit.stdout.strip() + ("+dirty" if status.stdout.strip() else "")
