@@ -38,7 +38,7 @@ def render(checks: Sequence[Check]) -> str:
     lines = []
     for c in checks:
         # A detail of several lines stays under its own column.
-        detail = c.detail.replace("\n", "\n" + " " * (width + 8))
+        detail = c.detail.replace("\n", "\n" + " " * (width + 10))
         lines.append(f"  {'pass' if c.passed else 'FAIL'}  {c.name:<{width}}  {detail}".rstrip())
     failed = sum(not c.passed for c in checks)
     lines.append(f"{len(checks) - failed} of {len(checks)} checks passed" + (f", {failed} FAILED" if failed else ""))

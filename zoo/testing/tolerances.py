@@ -1,0 +1,25 @@
+"""The one table of tolerances. An entry states what rounding can cost; it is never raised to let something pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TOLERANCES: dict[str, dict[torch.dtype, float]] = {
+    # Two algorithms for one function: chunked against step by step, prefill against forward.
+    "two forms": {torch.float32: 1e-4, torch.float64: 1e-9},
+    # One algorithm on other shapes, strides or storage: only the order of sums inside a matmul may differ.
+    "same form": {torch.float32: 1e-5},
+    # The output's rate of change over a step of 1e-10 against one of 1e-6: rounding in the first, curvature in the other.
+    "slope": {torch.float64: 1e-2},
+    # A gradient against a central difference of the loss, as a fraction of the gradient's norm.
+    "finite difference": {torch.float64: 1e-5},
+}
+
+
+def relative_error(got: Tensor, want: Tensor) -> Tensor:
+    """|got - want| elementwise, over the root mean square of `want`; not a number counts as infinitely wrong."""
+    got, want = got.detach().double(), want.detach().double()
+    scale = want.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    error = (got - want).abs() / scale
+    return torch.where(error.isnan(), torch.inf, error)
