@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -32,7 +34,7 @@ class Registry(Generic[T]):
         self._base = base
         self._builtins = builtins
         self._registered: dict[str, type[T]] = {}
-        self._entry_points: dict[str, EntryPoint] | None = None
+        self._entry_points: dict[str, list[EntryPoint]] | None = None
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Class decorator: `@register("my_mixer")`. Raises PluginError when another class holds the name."""
@@ -55,6 +57,11 @@ class Registry(Generic[T]):
                     f"{self.kind} name {name!r} is taken by {holder.__module__}:{holder.__qualname__}; "
                     "choose another name."
                 )
+            for point in self._points().get(name, []):
+                if point.value != f"{cls.__module__}:{cls.__qualname__}":
+                    raise PluginError(
+                        f"{self.kind} name {name!r} is taken by the installed {_origin(point)}; choose another name."
+                    )
             self._registered[name] = cls
             return cls
 
@@ -88,13 +95,34 @@ class Registry(Generic[T]):
             return self._load(name, self._builtins[name])
         if ":" in name:
             return self._load(name, name)
-        point = self._points().get(name)
-        if point is not None:
-            return self._load(name, point.value, origin=f"entry point {point.name!r} of {self._distribution(point)}")
+        points = self._points().get(name, [])
+        if len({point.value for point in points}) > 1:
+            raise PluginError(
+                f"{self.kind} name {name!r} is claimed by {' and by '.join(_origin(point) for point in points)}; "
+                "uninstall one, or name the class: 'module:Class'."
+            )
+        if points:
+            return self._load(name, points[0].value, origin=_origin(points[0]))
+        if name.endswith(".py"):
+            raise UnknownNameError(f"{self.kind} {name!r} is a file; name the class in it too: {name + ':Class'!r}.")
         raise UnknownNameError(
             f"unknown {self.kind} {name!r}.{did_you_mean(name, self.names())} Known: {', '.join(self.names())}. "
             f"A {self.kind} of your own: --plugin FILE.py, or 'module:Class'."
         )
+
+    def summary(self, name: str) -> str:
+        """The first line of the class's docstring. A built-in is read, not imported: importing torch takes seconds."""
+        if name in self._builtins and name not in self._registered:
+            module, _, attribute = self._builtins[name].partition(":")
+            spec = importlib.util.find_spec(module)
+            source = (
+                ast.parse(Path(spec.origin).read_bytes()) if spec is not None and spec.origin else ast.Module([], [])
+            )
+            classes = [n for n in source.body if isinstance(n, ast.ClassDef) and n.name == attribute]
+            docstring = ast.get_docstring(classes[0]) if classes else None
+        else:
+            docstring = inspect.getdoc(self.get(name))
+        return (docstring or "").partition("\n")[0]
 
     def version(self, name: str) -> str:
         """The class's `version`; for a plugin, the hash of its source file too, so that an edit is a new version."""
@@ -111,12 +139,11 @@ class Registry(Generic[T]):
     def check_installed(self) -> dict[str, str]:
         """Load every entry point; the errors of those that fail, by name. Nothing is raised: the others go on."""
         errors = {}
-        for name in self._points():
+        for name, points in self._points().items():
             try:
                 if name in self._builtins:
-                    point = self._points()[name]
                     raise PluginError(
-                        f"{self.kind} {name!r} of {self._distribution(point)} collides with the built-in "
+                        f"{self.kind} {name!r} from {_origin(points[0])} collides with the built-in "
                         f"{self._builtins[name]}, which is used; rename the entry point."
                     )
                 self.get(name)
@@ -124,14 +151,12 @@ class Registry(Generic[T]):
                 errors[name] = str(error)
         return errors
 
-    def _points(self) -> dict[str, EntryPoint]:
+    def _points(self) -> dict[str, list[EntryPoint]]:
         if self._entry_points is None:
-            self._entry_points = {point.name: point for point in entry_points(group=self.group)}
+            self._entry_points = {}
+            for point in entry_points(group=self.group):
+                self._entry_points.setdefault(point.name, []).append(point)
         return self._entry_points
-
-    @staticmethod
-    def _distribution(point: EntryPoint) -> str:
-        return point.dist.name if point.dist is not None else point.value
 
     def _load(self, name: str, target: str, origin: str | None = None) -> type[T]:
         module_name, _, attribute = target.rpartition(":")
@@ -140,10 +165,8 @@ class Registry(Generic[T]):
             module = load_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
         except PluginError:
             raise
-        except Exception as error:
-            raise PluginError(
-                f"{self.kind} {name!r} cannot be loaded from {where}: {type(error).__name__}: {error}"
-            ) from error
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"{self.kind} {name!r} cannot be loaded from {where}: {_describe(error)}") from error
         cls = getattr(module, attribute, None)
         if not (isinstance(cls, type) and issubclass(cls, self._base())):
             classes = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, self._base())]
@@ -174,9 +197,21 @@ def load_file(path: str | Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         if isinstance(error, PluginError):
             raise PluginError(f"plugin file {str(path)!r}: {error}") from error
-        raise PluginError(f"plugin file {str(path)!r} fails to import: {type(error).__name__}: {error}") from error
+        raise PluginError(f"plugin file {str(path)!r} fails to import: {_describe(error)}") from error
     return module
+
+
+def _origin(point: EntryPoint) -> str:
+    package = f" of {point.dist.name}" if point.dist is not None else ""
+    return f"entry point {point.name!r}{package} ({point.value})"
+
+
+def _describe(error: BaseException) -> str:
+    """Type, message and the last line of the plugin's own code that ran, where there is one."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen ")]
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{type(error).__name__}: {error}{where}"

@@ -1,13 +1,21 @@
-"""Sequence mixers: one file each. `get_mixer(name)` gives the class; `@register_mixer(name)` adds one."""
+"""Sequence mixers: one file each. `get_mixer(name)` gives the class; `@register_mixer(name)` adds one.
+
+The base classes are imported when they are first used: the names of the mixers can be listed without torch.
+"""
 
 from __future__ import annotations
 
-from zoo.mixers.base import LayerInfo, Mixer, MixerConfig, head_dim
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from zoo.registry import Registry
+
+if TYPE_CHECKING:
+    from zoo.mixers.base import LayerInfo, Mixer, MixerConfig, head_dim
 
 mixers: Registry[Mixer] = Registry(
     kind="mixer",
-    base=lambda: Mixer,
+    base=lambda: importlib.import_module("zoo.mixers.base").Mixer,
     group="zoo.mixers",
     builtins={
         "attention": "zoo.mixers.attention:Attention",
@@ -27,3 +35,9 @@ register_mixer = mixers.register
 get_mixer = mixers.get
 
 __all__ = ["LayerInfo", "Mixer", "MixerConfig", "get_mixer", "head_dim", "mixers", "register_mixer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("LayerInfo", "Mixer", "MixerConfig", "head_dim"):
+        raise AttributeError(f"module 'zoo.mixers' has no attribute {name!r}")
+    return getattr(importlib.import_module("zoo.mixers.base"), name)
