@@ -42,7 +42,8 @@ class Registry(Generic[T]):
         def add(cls: type[T]) -> type[T]:
             if not (isinstance(cls, type) and issubclass(cls, self._base())):
                 raise PluginError(
-                    f"{self.kind} {name!r}: {cls!r} is not a subclass of zoo.{self._base().__name__}; derive it from that."
+                    f"{self.kind} {name!r}: {cls!r} is not a subclass of zoo.{self._base().__name__}; "
+                    "derive it from that."
                 )
             if ":" in name or not name:
                 raise PluginError(f"{self.kind} name {name!r} must not be empty or hold ':'; choose another name.")
@@ -211,7 +212,9 @@ def _origin(point: EntryPoint) -> str:
 
 
 def _describe(error: BaseException) -> str:
-    """Type, message and the last line of the plugin's own code that ran, where there is one."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen ")]
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    """Type, message and the place, where some of the plugin's code ran (a syntax error says its own)."""
+    ours = (__file__, importlib.__file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if f.filename not in ours and not f.filename.startswith("<frozen ")]
+    where = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
     return f"{type(error).__name__}: {error}{where}"
