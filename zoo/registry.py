@@ -116,14 +116,12 @@ class Registry(Generic[T]):
         if name in self._builtins and name not in self._registered:
             module, _, attribute = self._builtins[name].partition(":")
             spec = importlib.util.find_spec(module)
-            source = (
-                ast.parse(Path(spec.origin).read_bytes()) if spec is not None and spec.origin else ast.Module([], [])
-            )
-            classes = [n for n in source.body if isinstance(n, ast.ClassDef) and n.name == attribute]
+            source = Path(spec.origin).read_bytes() if spec is not None and spec.origin else b""
+            classes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == attribute]
             docstring = ast.get_docstring(classes[0]) if classes else None
         else:
-            docstring = inspect.getdoc(self.get(name))
-        return (docstring or "").partition("\n")[0]
+            docstring = self.get(name).__doc__
+        return (docstring or "").strip().partition("\n")[0]
 
     def version(self, name: str) -> str:
         """The class's `version`; for a plugin, the hash of its source file too, so that an edit is a new version."""
