@@ -1,0 +1,92 @@
+"""What every Triton backend needs around its kernels: what may run where, block sizes, and the rule for vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from zoo.errors import UnsupportedError
+
+# Read as kernels are defined, so it holds for all of them.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Config(NamedTuple):
+    """How a kernel cuts up its work: tokens in a chunk, channels in a block, warps of a program, stages of its loop."""
+
+    chunk: int
+    block: int
+    num_warps: int
+    num_stages: int
+
+
+def check_launch(op: str, *tensors: Tensor | None) -> torch.dtype:
+    """The dtype to compute in: the widest of `tensors`. Call it first in every Triton backend.
+
+    Raises UnsupportedError where kernels cannot run: on a CPU outside the interpreter, or in fp64.
+    """
+    given = [t for t in tensors if t is not None]
+    dtype = given[0].dtype
+    for t in given[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"{op}: the Triton backend does not support {dtype}; pass impl='chunked'.")
+    if given[0].device.type != "cuda" and not INTERPRETED:
+        raise UnsupportedError(
+            f"{op}: the Triton backend cannot run on {given[0].device.type}; pass impl='chunked', or, to try the kernels "
+            "in Triton's interpreter, set TRITON_INTERPRET=1 before zoo is imported."
+        )
+    return dtype
+
+
+def padded(size: int) -> int:
+    """The power of 2 that holds `size` channels and that a matrix product in a kernel takes: at least 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with its last axis contiguous, copied only if it is not: kernels take any other strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def fold_batch(op: Any) -> None:
+    """Give the custom op a rule for vmap: the new axis is folded into the first axis of every tensor argument.
+
+    Holds for ops whose tensor arguments and results all have the batch as their first axis.
+    """
+
+    @op.register_vmap
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def fold(x: Any, dim: int | None) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x.flatten(0, 1)
+
+        results = op(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
+        results = tuple(r.unflatten(0, (info.batch_size, r.shape[0] // info.batch_size)) for r in results)
+        return results, (0,) * len(results)
+
+
+_forced: dict[str, Config] = {}
+
+
+def configured(kernel: str, rule: Callable[..., Config], *args: Any) -> Config:
+    """rule(*args), unless a benchmark tries another config for `kernel` at the moment."""
+    return _forced.get(kernel) or rule(*args)
+
+
+@contextmanager
+def forced(kernel: str, config: Config) -> Iterator[None]:
+    """For benchmarks: run `kernel` with `config` in place of its rule's choice."""
+    _forced[kernel] = config
+    try:
+        yield
+    finally:
+        del _forced[kernel]
