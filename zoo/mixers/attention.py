@@ -1,0 +1,101 @@
+"""Softmax attention to everything before: the ceiling of recall, at a state that grows with every token."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from zoo.errors import ConfigError
+from zoo.kernels.attention import causal_attention
+from zoo.mixers.base import LayerInfo, Mixer, head_dim
+from zoo.mixers.rotary import rotate
+
+
+class KVCache(NamedTuple):
+    """Keys and values seen so far, each (B, tokens, key heads, head dim)."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Attention(Mixer):
+    """y_t = W_o [softmax_{s <= t}(q_t^T k_s / sqrt(K)) v_s] per head (arXiv 1706.03762, eq. 1).
+
+    Projections have biases and start as N(0, 0.02^2), the output's as N(0, 0.02^2 / (2 depth)), biases as 0: GPT-2's
+    scheme, which the published MQAR runs use.
+    """
+
+    class Config(Mixer.Config):
+        num_heads: int = Field(1, ge=1, description="Query heads; the published MQAR runs have one.")
+        num_kv_heads: int | None = Field(None, ge=1, description="Key heads that the query heads share; None: as many.")
+        rotary: bool | None = Field(None, description="Rotary positions; None: as the model has them.")
+
+    config: Config
+
+    def __init__(self, config: Config, layer: LayerInfo) -> None:
+        super().__init__(config, layer)
+        self.rotary = layer.rotary if config.rotary is None else config.rotary
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.head_dim = head_dim(layer.d_model, config.num_heads)
+        if config.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads {config.num_heads} is not divisible by num_kv_heads {config.num_kv_heads}; use a divisor."
+            )
+        if self.rotary and self.head_dim % 2:
+            raise ConfigError(
+                f"rotary positions need an even head dim, not {self.head_dim} (d_model {layer.d_model} over "
+                f"num_heads {config.num_heads}); use other heads, or rotary: false."
+            )
+        self.qkv = nn.Linear(layer.d_model, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
+        self.out = nn.Linear(layer.d_model, layer.d_model)
+        nn.init.normal_(self.qkv.weight, std=0.02)
+        nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(2 * layer.depth))
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.out.bias)
+
+    @property
+    def window(self) -> int | None:
+        """How many keys a query sees, itself among them; None: all."""
+        return None
+
+    @property
+    def state_horizon(self) -> int | None:
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        return self.attend(self.turn(q), self.turn(k), v)
+
+    def init_state(self, batch_size: int) -> KVCache:
+        nothing = self.qkv.weight.new_empty(batch_size, 0, self.num_kv_heads, self.head_dim)
+        return KVCache(nothing, nothing)
+
+    def step(self, x_t: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
+        y, state = self.prefill(x_t[:, None], state)
+        return y[:, 0], state
+
+    def prefill(self, x: Tensor, state: KVCache | None = None) -> tuple[Tensor, KVCache]:
+        before = self.init_state(len(x)) if state is None else state
+        q, k, v = self.project(x)
+        # Cached keys are turned already: the next position is the length of the cache.
+        start = before.k.shape[1]
+        cache = KVCache(torch.cat([before.k, self.turn(k, start)], dim=1), torch.cat([before.v, v], dim=1))
+        return self.attend(self.turn(q, start), cache.k, cache.v), cache
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> q (B, T, H, K), k and v (B, T, G, K)."""
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
+        return q, k, v
+
+    def turn(self, x: Tensor, start: int = 0) -> Tensor:
+        """Queries or keys at positions start, start + 1, ... with rotary positions, where there are any."""
+        return rotate(x, start) if self.rotary else x
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.out(causal_attention(q, k, v, window=self.window).flatten(2))
