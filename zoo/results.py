@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import platform
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,17 +51,20 @@ class RunStore:
     def lock(self) -> Iterator[None]:
         """Hold the run folder while writing to it; what an interrupted write left is removed first.
 
-        The operating system frees the lock when its process ends, however it ends. Raises RecordError when another
-        process holds it.
+        The operating system frees the lock when its process ends, however it ends. Raises RecordError, with the holder's
+        process id, when another process holds it.
         """
         import fcntl
 
-        with open(self.path / ".lock", "w") as file:
+        # Appending, because the holder's name must survive that others open the file.
+        with open(self.path / ".lock", "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                file.seek(0)
                 raise RecordError(
-                    f"another sweep is writing to {str(self.path)!r}; wait for it, or choose another run folder."
+                    f"another sweep is writing to {str(self.path)!r}: {file.read().strip()}; wait for it, or choose "
+                    "another run folder."
                 ) from None
             except OSError as error:
                 warnings.warn(
@@ -69,6 +73,9 @@ class RunStore:
                     RecordWarning,
                     stacklevel=3,
                 )
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
             for leftover in [*self.path.glob("*.tmp"), *self.records.glob("*.tmp")]:
                 leftover.unlink()
             yield
