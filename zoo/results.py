@@ -51,8 +51,8 @@ class RunStore:
     def lock(self) -> Iterator[None]:
         """Hold the run folder while writing to it; what an interrupted write left is removed first.
 
-        The operating system frees the lock when its process ends, however it ends. Raises RecordError, with the holder's
-        process id, when another process holds it.
+        The operating system frees the lock when its process ends, however it ends. Raises RecordError, with the
+        process id of the holder, when another process holds it.
         """
         import fcntl
 
