@@ -6,6 +6,7 @@ from torch import Tensor
 
 from zoo.errors import UnsupportedError
 from zoo.kernels.backend import backend
+from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked")
 
@@ -49,30 +50,18 @@ def linear_recurrence(
         Linear attention: arXiv 2006.16236, eq. 18. RetNet: 2307.08621, eq. 6. Mamba-2: 2405.21060, eq. 16.
         GLA: 2312.06635, eq. 3. RWKV-6, with the bonus: 2404.05892, eq. 15 and 16.
     """
-    _check(q, k, v, decay, bonus, initial_state)
+    op = "linear_recurrence"
+    letters = {1: "H", 3: "BTH"}.get(0 if decay is None else decay.dim(), "BTHK")
+    sizes = check_shapes(
+        op,
+        q=(q, "BTHK"),
+        k=(k, "BTHK"),
+        v=(v, "BTHV"),
+        decay=(decay, letters),
+        bonus=(bonus, "HK"),
+        initial_state=(initial_state, "BHKV"),
+    )
+    if 0 in sizes.values():
+        raise UnsupportedError(f"{op}: q is {tuple(q.shape)} and v {tuple(v.shape)}; no axis may be empty.")
     module = backend(__name__, IMPLS, impl, q.device)
     return module.linear_recurrence(q, k, v, decay, bonus=bonus, initial_state=initial_state, return_state=return_state)
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, initial_state: Tensor | None
-) -> None:
-    if q.dim() != 4 or 0 in q.shape:
-        raise UnsupportedError(f"linear_recurrence: q is {tuple(q.shape)}; it must be (B, T, H, K), no axis empty.")
-    B, T, H, K = q.shape
-    if k.shape != q.shape:
-        raise UnsupportedError(f"linear_recurrence: k is {tuple(k.shape)}, q {tuple(q.shape)}; they must be the same.")
-    if v.dim() != 4 or v.shape[:3] != (B, T, H) or v.shape[3] == 0:
-        raise UnsupportedError(f"linear_recurrence: v is {tuple(v.shape)}; for this q it must be {(B, T, H)} + (V,).")
-    allowed = [(H,), (B, T, H), (B, T, H, K)]
-    if decay is not None and tuple(decay.shape) not in allowed:
-        raise UnsupportedError(
-            f"linear_recurrence: decay is {tuple(decay.shape)}; for this q it must be one of {allowed}, or None."
-        )
-    if bonus is not None and tuple(bonus.shape) != (H, K):
-        raise UnsupportedError(f"linear_recurrence: bonus is {tuple(bonus.shape)}; for this q it must be {(H, K)}.")
-    state = (B, H, K, v.shape[3])
-    if initial_state is not None and tuple(initial_state.shape) != state:
-        raise UnsupportedError(
-            f"linear_recurrence: initial_state is {tuple(initial_state.shape)}; for these q and v it must be {state}."
-        )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zoo.errors import UnsupportedError
 from zoo.kernels.backend import backend
+from zoo.kernels.shapes import check_shapes
 from zoo.kernels.taylor_attention.features import num_features
 
 IMPLS = ("reference", "chunked")
@@ -54,25 +55,15 @@ def taylor_attention(
     References:
         BASED, arXiv 2402.18668, section 4.1 and eq. 4.
     """
-    _check(q, k, v, initial_state)
+    op = "taylor_attention"
+    S, z = (None, None) if initial_state is None else initial_state
+    sizes = check_shapes(op, q=(q, "BTHK"), k=(k, "BTHK"), v=(v, "BTHV"), S=(S, "BHFV"), z=(z, "BHF"))
+    if 0 in sizes.values():
+        raise UnsupportedError(f"{op}: q is {tuple(q.shape)} and v {tuple(v.shape)}; no axis may be empty.")
+    if sizes.get("F", num_features(sizes["K"])) != num_features(sizes["K"]):
+        raise UnsupportedError(
+            f"{op}: initial_state has {sizes['F']} features; K={sizes['K']} makes {num_features(sizes['K'])}."
+        )
     module = backend(__name__, IMPLS, impl, q.device)
     o, state = module.taylor_attention(q, k, v, initial_state=initial_state, return_state=return_state, eps=eps)
     return o, TaylorState(*state) if return_state else None
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, initial_state: TaylorState | None) -> None:
-    if q.dim() != 4 or 0 in q.shape:
-        raise UnsupportedError(f"taylor_attention: q is {tuple(q.shape)}; it must be (B, T, H, K), no axis empty.")
-    B, T, H, K = q.shape
-    if k.shape != q.shape:
-        raise UnsupportedError(f"taylor_attention: k is {tuple(k.shape)}, q {tuple(q.shape)}; they must be the same.")
-    if v.dim() != 4 or v.shape[:3] != (B, T, H) or v.shape[3] == 0:
-        raise UnsupportedError(f"taylor_attention: v is {tuple(v.shape)}; for this q it must be {(B, T, H)} + (V,).")
-    if initial_state is not None:
-        S, z = initial_state
-        F = num_features(K)
-        if tuple(S.shape) != (B, H, F, v.shape[3]) or tuple(z.shape) != (B, H, F):
-            raise UnsupportedError(
-                f"taylor_attention: initial_state holds S {tuple(S.shape)} and z {tuple(z.shape)}; for these q and v "
-                f"they must be {(B, H, F, v.shape[3])} and {(B, H, F)}."
-            )
