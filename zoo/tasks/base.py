@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -67,15 +68,43 @@ class Task(BaseModel):
         """`n` examples from `rng`, vectorised. Called with n = BLOCK only, so that examples do not depend on n."""
         raise NotImplementedError
 
+    def describe(self, batch: Batch, i: int) -> str:
+        """Example `i` of `batch` as text, for a person to read (`zoo show`). Override it to show what is what."""
+        asked = {int(p): int(a) for p, a in zip(batch.positions[i], batch.answers[i], strict=True) if a != IGNORE}
+        cells = [
+            f"{token}>{asked[t]}" if t in asked else str(token) for t, token in enumerate(batch.tokens[i].tolist())
+        ]
+        wide = max(map(len, cells))
+        lines = [f"context: the first {batch.context_len} tokens; 7>9 asks for an answer at token 7, and 9 is right"]
+        for t in range(0, len(cells), 16):
+            lines.append(f"{t:>5}  " + " ".join(f"{cell:>{wide}}" for cell in cells[t : t + 16]))
+        return "\n".join(lines)
+
     def information_limit_bits(self, accuracy: float) -> float | None:
         """Fewest bits of state with which a causal model can reach `accuracy`, or None when no bound is known."""
         return None
 
+    def accuracy_limit(self, bits: float) -> float | None:
+        """The highest accuracy that `bits` of state allow: the inverse of `information_limit_bits`, to 1e-12."""
+        if self.information_limit_bits(1.0) is None:
+            return None
+        low, high = 0.0, 1.0
+        if (self.information_limit_bits(high) or 0.0) <= bits:
+            return high
+        for _ in range(40):
+            middle = (low + high) / 2
+            if (self.information_limit_bits(middle) or 0.0) <= bits:
+                low = middle
+            else:
+                high = middle
+        return low
+
     def sample(self, n: int, seed: int, split: Split, start: int = 0) -> Batch:
         """Examples start .. start + n - 1 of a stream: a pure function of (task, seed, split, index).
 
-        Examples come from blocks of BLOCK, each with a Philox stream of its own keyed by (task, version, seed, split,
-        block): the same bytes on any machine, in any order, with any number of workers. Splits never share a stream.
+        Examples come from blocks of BLOCK, each with a stretch of its own of the Philox stream that is keyed by (task,
+        version, seed, split): the same bytes on any machine, in any order, with any number of workers. Splits never
+        share a stream.
 
         Raises ConfigError on an unknown split or a negative n or start.
         """
@@ -83,22 +112,31 @@ class Task(BaseModel):
             raise ConfigError(f"unknown split {split!r}; use one of {', '.join(get_args(Split))}.")
         if n < 0 or start < 0:
             raise ConfigError(f"n and start must not be negative, got n={n}, start={start}.")
-        first, last = start // BLOCK, max(start // BLOCK, (start + n - 1) // BLOCK)
-        blocks = [self.generate(BLOCK, self._stream(seed, split, block)) for block in range(first, last + 1)]
-        cut = slice(start - first * BLOCK, start - first * BLOCK + n)
-        if len(blocks) == 1:
-            whole = blocks[0]
-            return Batch(whole.tokens[cut], whole.positions[cut], whole.answers[cut], whole.context_len)
-        return Batch(
-            np.concatenate([b.tokens for b in blocks])[cut],
-            np.concatenate([b.positions for b in blocks])[cut],
-            np.concatenate([b.answers for b in blocks])[cut],
-            blocks[0].context_len,
-        )
+        key = self._key(seed, split)
+        parts = []
+        for block in range(start // BLOCK, max(start // BLOCK, (start + n - 1) // BLOCK) + 1):
+            # A Philox counter has 256 bits: no block can run into the next one's.
+            batch = self.generate(BLOCK, np.random.Generator(np.random.Philox(key=key, counter=block << 128)))
+            cut = slice(max(start - block * BLOCK, 0), max(start + n - block * BLOCK, 0))
+            parts.append(tuple(a[cut] for a in (batch.tokens, batch.positions, batch.answers)))
+        tokens, positions, answers = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return Batch(tokens, positions, answers, batch.context_len)
 
-    def _stream(self, seed: int, split: Split, block: int) -> np.random.Generator:
-        identity = json.dumps(
-            [type(self).__name__, self.version, self.model_dump(mode="json"), seed, split, block], sort_keys=True
-        )
-        digest = hashlib.sha256(identity.encode()).digest()
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    def _key(self, seed: int, split: Split) -> int:
+        identity = [type(self).__name__, self.version, self.model_dump(mode="json"), int(seed), split]
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
+        return int.from_bytes(digest[:16], "little")
+
+
+def equivocation_bits(choices: int, error: float) -> float:
+    """The most that can be unknown of one of `choices` when a guess of it is wrong with probability `error`.
+
+    Fano's inequality: h2(e) + e log2(choices - 1), which grows up to log2(choices) at blind guessing.
+    Raises ConfigError when `error` is no probability.
+    """
+    if not 0 <= error <= 1:
+        raise ConfigError(f"accuracy {1 - error:g} is not in [0, 1].")
+    if error >= (choices - 1) / choices:
+        return math.log2(choices)
+    entropy = -sum(p * math.log2(p) for p in (error, 1 - error) if p > 0)
+    return entropy + error * math.log2(max(choices - 1, 1))
