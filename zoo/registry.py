@@ -210,9 +210,10 @@ def _origin(point: EntryPoint) -> str:
 
 
 def _describe(error: BaseException) -> str:
-    """Type, message and the place, where some of the plugin's code ran (a syntax error says its own)."""
+    """Type, message and the deepest line that ran in the plugin's own folder (a syntax error says its own)."""
     ours = (__file__, importlib.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [f for f in frames if f.filename not in ours and not f.filename.startswith("<frozen ")]
-    where = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+    inside = [f for f in theirs if Path(f.filename).is_relative_to(Path(theirs[0].filename).parent)]
+    where = f" ({Path(inside[-1].filename).name}, line {inside[-1].lineno})" if inside else ""
     return f"{type(error).__name__}: {error}{where}"

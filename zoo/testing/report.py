@@ -20,14 +20,17 @@ class Check:
 
 
 def run_check(name: str, check: Callable[[], str]) -> Check:
-    """Run `check`, which returns its detail or raises ConformanceError. Any other exception is a failed check too:
-    it is reported with its type, message and last frame, and the checks after it still run."""
+    """Run `check`, which returns its detail or raises ConformanceError.
+
+    Any other exception is a failed check too, reported with its type, message and last frame outside torch.
+    """
     try:
         return Check(name, True, check())
     except ConformanceError as error:
         return Check(name, False, str(error))
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((f for f in reversed(frames) if "torch" not in Path(f.filename).parts), frames[-1])
         where = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
         return Check(name, False, f"crashed: {type(error).__name__}: {error} (at {where})")
 
