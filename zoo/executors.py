@@ -21,10 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from zoo.errors import ConfigError, PluginError, UnsupportedError
 from zoo.record import Epoch, Failure, Outcome, Provenance, Record
+
+if TYPE_CHECKING:
+    from zoo.config import Trial
 
 ATTEMPTS = 3
 """How often a trial is tried whose worker process dies."""
@@ -42,6 +45,10 @@ class Job:
     trial: dict[str, Any]
     versions: dict[str, str]
     attempt: int = 1
+
+    @classmethod
+    def of(cls, trial: Trial) -> Job:
+        return cls(trial.key, trial.label, trial.model_dump(mode="json"), trial.versions)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def run_sweep(
     """
     begin = time.monotonic()
     _check_arguments(executor, workers, threads)
-    setting = Setting(_resolve_device(device, executor), threads, _absolute(plugins), git=_git_commit())
+    setting = make_setting(device, threads, plugins, executor)
     plan = plan_sweep(sweep, run_dir, retry_failed=retry_failed)
     earlier = tuple(p.record for p in plan if p.record is not None and not p.will_run)
     store = RunStore(run_dir, create=True)
@@ -126,7 +126,7 @@ def run_sweep(
             if pending:
                 run = _choose(executor, setting, workers, len(pending))
                 with make_progress(sweep.name, costs, epochs, progress) as display:
-                    run.run([_job(p.trial) for p in pending], _Recorder(store, display, done))
+                    run.run([Job.of(p.trial) for p in pending], _Recorder(store, display, done))
         except KeyboardInterrupt:
             interrupted = True
     return Summary(
@@ -139,6 +139,14 @@ def run_sweep(
         {trial.key: trial.label for trial in sweep.trials},
         interrupted,
     )
+
+
+def make_setting(
+    device: str | None, threads: int, plugins: Iterable[str], executor: ExecutorName = "inline"
+) -> Setting:
+    """How trials run, checked for this machine. Raises UnsupportedError on a device that is not there."""
+    files = tuple(str(Path(p).expanduser().resolve()) if p.endswith(".py") else p for p in plugins)
+    return Setting(_resolve_device(device, executor), threads, files, git=_git_commit())
 
 
 def plan_sweep(
@@ -224,10 +232,6 @@ class _Recorder:
         self.display.finished(job, record)
 
 
-def _job(trial: Trial) -> Job:
-    return Job(trial.key, trial.label, trial.model_dump(mode="json"), trial.versions)
-
-
 def _longest_first(plan: Iterable[PlannedTrial]) -> list[PlannedTrial]:
     # The last trials to end are then short ones, and no slot idles for long.
     return sorted(plan, key=lambda p: -p.cost.flops if p.cost is not None else 0.0)
@@ -268,10 +272,6 @@ def _resolve_device(device: str | None, executor: str) -> str:
     if kind == "cuda" and executor != "ray" and not torch.cuda.is_available():
         raise UnsupportedError(f"device {device!r}, but torch {torch.__version__} sees no GPU; use --device cpu.")
     return device
-
-
-def _absolute(plugins: Iterable[str]) -> tuple[str, ...]:
-    return tuple(str(Path(p).expanduser().resolve()) if p.endswith(".py") else p for p in plugins)
 
 
 def _git_commit() -> str | None:

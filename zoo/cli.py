@@ -1,0 +1,406 @@
+"""The `zoo` command. What is heavy is imported inside the sub-commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zoo import __version__
+from zoo.errors import ConfigError, PluginError, UnknownNameError, ZooError, did_you_mean
+
+if TYPE_CHECKING:
+    from zoo.record import Record
+    from zoo.registry import Registry
+    from zoo.testing import Check
+
+
+def _debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    # The option stands before or after the sub-command; either is enough.
+    ctx.meta["zoo.debug"] = ctx.meta.get("zoo.debug", False) or value
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
+)
+
+
+class _Command(click.Command):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        debug_option(self)
+
+
+class _Zoo(click.Group):
+    """A group whose ZooErrors end with their message and exit status 2, and that suggests the nearest command."""
+
+    command_class = _Command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ZooError as error:
+            if ctx.meta.get("zoo.debug"):
+                raise
+            click.echo(f"zoo: {error}", err=True)
+            ctx.exit(2)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            known = self.list_commands(ctx)
+            ctx.fail(f"no command {args[0]!r}.{did_you_mean(args[0], known)} Known: {', '.join(known)}.")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Zoo, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, package_name="zoo-mixers", prog_name="zoo")
+@debug_option
+def main() -> None:
+    """How much can a sequence mixer recall, for how much recurrent state?"""
+    # A console script does not have the current folder on its path: module:Class there must be found.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    show = warnings.showwarning
+
+    def show_warning(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if category.__module__.startswith("zoo."):
+            click.echo(f"zoo: warning: {message}", err=True)
+        else:
+            show(message, category, *args, **kwargs)
+
+    warnings.showwarning = show_warning
+
+
+plugin_option = click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="FILE|MODULE",
+    help="A Python file or module that registers mixers or tasks. May be given several times.",
+)
+device_option = click.option("--device", help="cpu or cuda. Left out: cuda where torch sees a GPU.")
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("grid", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[PATH.KEY=V1,V2 ...]")
+@click.option("--run", "run_dir", type=click.Path(file_okay=False), help="The run folder; left out: runs/NAME.")
+@plugin_option
+@click.option("--executor", type=click.Choice(["auto", "ray", "inline"]), default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(1), help="Trials at once on Ray; left out: one a GPU or one a core.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each trial.")
+@device_option
+@click.option("--dry-run", is_flag=True, help="Print the trials and what they cost; run nothing.")
+@click.option("--retry-failed", is_flag=True, help="Run trials whose record is a failure again.")
+@click.option("--no-plot", is_flag=True, help="Leave out the figure, the table and the page at the end.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.pass_context
+def sweep(
+    ctx: click.Context,
+    grid: str,
+    overrides: tuple[str, ...],
+    run_dir: str | None,
+    plugins: tuple[str, ...],
+    executor: Any,
+    workers: int | None,
+    threads: int,
+    device: str | None,
+    dry_run: bool,
+    retry_failed: bool,
+    no_plot: bool,
+    quiet: bool,
+) -> None:
+    """Run every trial of GRID that has no record yet; then print the frontier and draw it.
+
+    Overrides replace settings of the grid; commas make an axis: model.d_model=64,128. Ctrl-C, and the same command
+    again, costs only what was in flight. The exit status is 1 when a trial has failed.
+    """
+    from zoo.config import Sweep
+    from zoo.executors import load_plugins
+    from zoo.sweep import plan_sweep, run_sweep
+    from zoo.text import plan_text
+
+    load_plugins(plugins)
+    trials = Sweep.load(grid, list(overrides))
+    run = Path(run_dir) if run_dir else Path("runs") / trials.name
+    if dry_run:
+        click.echo(plan_text(plan_sweep(trials, run, retry_failed=retry_failed, every=True), run))
+        return
+    summary = run_sweep(
+        trials,
+        run,
+        executor=executor,
+        device=device,
+        workers=workers,
+        threads=threads,
+        plugins=plugins,
+        retry_failed=retry_failed,
+        progress=not quiet,
+    )
+    if not no_plot and not summary.interrupted:
+        write_results(run)
+    click.echo(str(summary), err=True)
+    ctx.exit(summary.exit_code)
+
+
+@main.command()
+@click.argument("grid", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[PATH.KEY=VALUE ...]")
+@plugin_option
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads.")
+@device_option
+@click.pass_context
+def trial(
+    ctx: click.Context,
+    grid: str,
+    overrides: tuple[str, ...],
+    plugins: tuple[str, ...],
+    threads: int,
+    device: str | None,
+) -> None:
+    """Run the one trial that GRID and the overrides leave, here, and print its record as JSON."""
+    from zoo.config import Sweep
+    from zoo.executors import Job, execute, load_plugins
+    from zoo.sweep import make_setting
+    from zoo.text import epoch_text
+
+    load_plugins(plugins)
+    trials = Sweep.load(grid, list(overrides)).trials
+    if len(trials) != 1:
+        some = "".join(f"\n  {t.label}" for t in trials[:5])
+        raise ConfigError(f"{grid} gives {len(trials)} trials; add overrides until one is left. Its first ones:{some}")
+    setting = make_setting(device, threads, plugins)
+    record = execute(Job.of(trials[0]), setting, lambda epoch: click.echo(epoch_text(epoch), err=True))
+    click.echo(record.model_dump_json(indent=1))
+    ctx.exit(1 if record.status == "failed" else 0)
+
+
+# --- looking at runs -------------------------------------------------------------------------------------------------
+
+runs_argument = click.argument("runs", nargs=-1, required=True, type=click.Path(), metavar="RUN [RUN ...]")
+
+
+@main.command()
+@runs_argument
+@click.option("--overlay", metavar="FILE", help="Points to draw hollow: a CSV, a run, or published results by name.")
+@click.option("-o", "--output", metavar="PATH", help="PATH.png, .svg and .pdf are written; left out: RUN/frontier.")
+@click.option("--by-slice", is_flag=True, help="One panel a test slice instead of their mean.")
+def plot(runs: tuple[str, ...], overlay: str | None, output: str | None, by_slice: bool) -> None:
+    """Draw accuracy against measured state, with the Pareto frontier."""
+    from zoo.results import load_runs
+
+    base = Path(output) if output else Path(runs[0]) / "frontier"
+    if base.suffix in (".png", ".svg", ".pdf"):
+        base = base.with_suffix("")
+    for path in draw(load_runs(runs), base, overlay, by_slice):
+        click.echo(path)
+
+
+@main.command()
+@runs_argument
+@click.option("--frontier", is_flag=True, help="One row a model, over its seeds and learning rates.")
+def table(runs: tuple[str, ...], frontier: bool) -> None:
+    """Print the trials, or the frontier."""
+    from zoo.results import load_runs
+    from zoo.text import frontier_text, trials_text
+
+    records = load_runs(runs)
+    click.echo(frontier_text(records) if frontier else trials_text(records))
+
+
+@main.command()
+@runs_argument
+@click.option("-o", "--output", required=True, metavar="FILE", help="A .csv or .parquet file.")
+def export(runs: tuple[str, ...], output: str) -> None:
+    """Write the table of trials, every setting a column, to a file."""
+    from zoo.results import export, load_runs
+
+    export(load_runs(runs), output)
+    click.echo(output)
+
+
+@main.command()
+@runs_argument
+@click.option("-o", "--output", metavar="FILE", help="The page; left out: RUN/report.html.")
+def report(runs: tuple[str, ...], output: str | None) -> None:
+    """Write one self-contained HTML page."""
+    from zoo.report import write_report
+    from zoo.results import load_runs
+
+    path = Path(output) if output else Path(runs[0]) / "report.html"
+    write_report(load_runs(runs), path)
+    click.echo(path)
+
+
+@main.command()
+@click.argument("run", type=click.Path())
+@click.argument("key")
+def inspect(run: str, key: str) -> None:
+    """Print all that is behind one trial of RUN; the first digits of its KEY are enough."""
+    from zoo.results import RunStore
+    from zoo.text import record_text
+
+    click.echo(record_text(RunStore(run).get(key)))
+
+
+def write_results(run: Path) -> None:
+    """Print the frontier of a run; leave its figure, table and page in the run folder."""
+    from zoo.report import write_report
+    from zoo.results import RunStore, export
+    from zoo.text import frontier_text
+
+    records = RunStore(run).load()
+    export(records, run / "table.csv")
+    if not any(record.status == "ok" for record in records):
+        click.echo("zoo: no trial ended well, so there is no frontier to draw.", err=True)
+        return
+    click.echo(frontier_text(records))
+    written = draw(records, run / "frontier")
+    write_report(records, run / "report.html")
+    click.echo(f"{written[0]} (also .svg, .pdf), {run / 'report.html'}, {run / 'table.csv'}", err=True)
+
+
+def draw(records: Sequence[Record], base: Path, overlay: str | None = None, by_slice: bool = False) -> list[Path]:
+    """Write the figure of some records: one panel a data setting, or a test slice. Returns the files."""
+    from zoo import frontier
+    from zoo.plot import figure, read_overlay, save
+
+    settings = frontier.split_by_data(records)
+    points = read_overlay(overlay) if overlay else None
+    if by_slice:
+        return save(figure(frontier.by_slice(records), points), base)
+    if len(settings) > 1:
+        return save(figure({title: frontier.frontier_table(part) for title, part in settings.items()}, points), base)
+    drawn = figure(frontier.frontier_table(records), points, limit=frontier.information_limit(records))
+    return save(drawn, base)
+
+
+# --- mixers and tasks ------------------------------------------------------------------------------------------------
+
+
+@main.command("list")
+@click.argument("kind", type=click.Choice(["mixers", "tasks"]), required=False)
+@click.option("-v", "--verbose", is_flag=True, help="Options with their defaults, too.")
+@plugin_option
+def list_names(kind: str | None, verbose: bool, plugins: tuple[str, ...]) -> None:
+    """Name every mixer and task, built-in or plugin."""
+    from zoo.executors import load_plugins
+    from zoo.mixers import mixers
+    from zoo.tasks import tasks
+    from zoo.text import names_text
+
+    broken = {}
+    for plugin in plugins:
+        try:
+            load_plugins([plugin])
+        except PluginError as error:
+            broken[plugin] = str(error)
+    registries: list[Registry[Any]] = [r for r in (mixers, tasks) if kind in (None, f"{r.kind}s")]
+    for registry in registries:
+        broken |= registry.check_installed()
+        click.echo(names_text(registry, verbose, skip=broken))
+    for name, why in broken.items():
+        click.echo(f"broken plugin {name}: {why}", err=True)
+    if broken:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("name", metavar="TASK")
+@click.argument("options", nargs=-1, metavar="[FIELD=VALUE ...]")
+@click.option("-n", "examples", type=click.IntRange(1), default=3, show_default=True, help="Examples.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="train", show_default=True)
+@plugin_option
+def show(name: str, options: tuple[str, ...], examples: int, seed: int, split: Any, plugins: tuple[str, ...]) -> None:
+    """Print a few examples of a task."""
+    from zoo.config import parse
+    from zoo.executors import load_plugins
+    from zoo.tasks import tasks
+    from zoo.tasks.show import render
+
+    load_plugins(plugins)
+    task = parse(tasks.get(name), read_options(options), f"task {name}")
+    click.echo(render(task, examples, seed, split))
+
+
+@main.command()
+@click.argument("targets", nargs=-1, metavar="[NAME | FILE.py:CLASS | MODULE:CLASS ...] [OPTION=VALUE ...]")
+@click.option("--all", "every", is_flag=True, help="Every mixer and task there is.")
+@plugin_option
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.pass_context
+def check(ctx: click.Context, targets: tuple[str, ...], every: bool, plugins: tuple[str, ...], device: str) -> None:
+    """Check that mixers and tasks keep their contract. The exit status is 1 when a check fails."""
+    from zoo.executors import load_plugins
+    from zoo.mixers import mixers
+    from zoo.tasks import tasks
+    from zoo.testing import render
+
+    load_plugins(plugins)
+    # A target has no = before its class; an option of it does.
+    options = read_options([t for t in targets if "=" in t.rpartition(":")[2]])
+    names = [t for t in targets if "=" not in t.rpartition(":")[2]]
+    if every:
+        names += [name for name in (*mixers, *tasks) if name not in names]
+    if not names:
+        raise ConfigError("nothing to check; give names, file.py:Class or module:Class, or --all.")
+    failed = []
+    for name in names:
+        click.echo(name)
+        try:
+            findings = run_checks(name, options, device)
+        except PluginError as error:
+            if not every:
+                raise
+            click.echo(f"  FAIL  {error}")
+            failed.append(name)
+            continue
+        click.echo(render(findings))
+        failed += [] if all(finding.passed for finding in findings) else [name]
+    if len(names) > 1:
+        click.echo(
+            f"{len(names) - len(failed)} of {len(names)} passed" + (f"; failed: {', '.join(failed)}" if failed else "")
+        )
+    ctx.exit(1 if failed else 0)
+
+
+def run_checks(name: str, options: dict[str, Any], device: str) -> list[Check]:
+    """The findings for a mixer or a task, whichever `name` is."""
+    from zoo.mixers import mixers
+    from zoo.tasks import tasks
+    from zoo.testing import check_mixer, check_task
+
+    if ":" not in name and name not in mixers and name not in tasks:
+        known = [*mixers, *tasks]
+        raise UnknownNameError(
+            f"unknown mixer or task {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}. "
+            "One of your own: FILE.py:Class or module:Class."
+        )
+    try:
+        tasks.get(name)
+    except ZooError:
+        return check_mixer(name, options, device=device)
+    return check_task(name, options)
+
+
+def read_options(assignments: Iterable[str]) -> dict[str, Any]:
+    """`["a=1", "b=x"]` -> {"a": 1, "b": "x"}, values as in YAML."""
+    from zoo.grid import apply_override
+
+    options: dict[str, Any] = {}
+    for assignment in assignments:
+        apply_override(options, assignment)
+    return options
+
+
+if __name__ == "__main__":
+    main()
