@@ -119,7 +119,8 @@ def frontier_table(records: Iterable[Record], slice_name: str | None = None) -> 
     for record, label in zip(records, labels(records), strict=True):
         models.setdefault(_model_id(record), []).append((record, label))
     rows = [_row([record for record, _ in members], members[0][1], slice_name, length) for members in models.values()]
-    frame = pd.DataFrame(sorted(rows, key=lambda row: (row["family"], row["state_bytes"] or 0, row["label"])))
+    rows.sort(key=lambda row: (row["family"], row["state_bytes"] or 0, row["label"]))
+    frame = pd.DataFrame(rows)
     for name in ("state_bytes", "state_elements", "state_seq_len", "parameters"):
         frame[name] = frame[name].astype("Int64")
     ok, families = (frame["status"] == "ok").to_numpy(), frame["family"].to_numpy()
