@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -350,3 +351,16 @@ def test_unknown_names_get_the_nearest(fresh):
         fresh.get(3)
     with pytest.raises(UnknownNameError, match=r"unknown task 'mqra'\. Did you mean 'mqar'\?"):
         tasks.get("mqra")
+
+
+# What the documentation shows.
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/add_a_mixer.md"])
+def test_the_documented_mixer_keeps_the_contract(tmp_path, page):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
+    (source,) = [block for block in blocks if "@register_mixer" in block]
+    (tmp_path / "documented.py").write_text(source)
+    name = re.search(r"^class (\w+)\(Mixer\)", source, flags=re.M)[1]
+    checks = check_mixer(f"{tmp_path / 'documented.py'}:{name}")
+    assert all(c.passed for c in checks), render(checks)
