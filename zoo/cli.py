@@ -124,7 +124,7 @@ def sweep(
     again, costs only what was in flight. The exit status is 1 when a trial has failed.
     """
     from zoo.config import Sweep
-    from zoo.executors import load_plugins
+    from zoo.registry import load_plugins
     from zoo.sweep import plan_sweep, run_sweep
     from zoo.text import plan_text
 
@@ -168,7 +168,8 @@ def trial(
 ) -> None:
     """Run the one trial that GRID and the overrides leave, here, and print its record as JSON."""
     from zoo.config import Sweep
-    from zoo.executors import Job, execute, load_plugins
+    from zoo.executors import Job, execute
+    from zoo.registry import load_plugins
     from zoo.sweep import make_setting
     from zoo.text import epoch_text
 
@@ -292,8 +293,8 @@ def draw(records: Sequence[Record], base: Path, overlay: str | None = None, by_s
 @plugin_option
 def list_names(kind: str | None, verbose: bool, plugins: tuple[str, ...]) -> None:
     """Name every mixer and task, built-in or plugin."""
-    from zoo.executors import load_plugins
     from zoo.mixers import mixers
+    from zoo.registry import load_plugins
     from zoo.tasks import tasks
     from zoo.text import names_text
 
@@ -323,7 +324,7 @@ def list_names(kind: str | None, verbose: bool, plugins: tuple[str, ...]) -> Non
 def show(name: str, options: tuple[str, ...], examples: int, seed: int, split: Any, plugins: tuple[str, ...]) -> None:
     """Print a few examples of a task."""
     from zoo.config import parse
-    from zoo.executors import load_plugins
+    from zoo.registry import load_plugins
     from zoo.tasks import tasks
     from zoo.tasks.show import render
 
@@ -340,8 +341,8 @@ def show(name: str, options: tuple[str, ...], examples: int, seed: int, split: A
 @click.pass_context
 def check(ctx: click.Context, targets: tuple[str, ...], every: bool, plugins: tuple[str, ...], device: str) -> None:
     """Check that mixers and tasks keep their contract. The exit status is 1 when a check fails."""
-    from zoo.executors import load_plugins
     from zoo.mixers import mixers
+    from zoo.registry import load_plugins
     from zoo.tasks import tasks
     from zoo.testing import render
 

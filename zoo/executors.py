@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import importlib.util
 import logging
 import math
 import os
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from zoo.errors import ConfigError, PluginError, UnsupportedError
 from zoo.record import Epoch, Failure, Outcome, Provenance, Record
+from zoo.registry import load_plugins
 
 if TYPE_CHECKING:
     from zoo.config import Trial
@@ -73,22 +72,6 @@ class Listener(Protocol):
 
     def lost(self, job: Job, reason: str) -> None:
         """The worker process died; the trial is tried again later."""
-
-
-def load_plugins(plugins: Sequence[str]) -> None:
-    """Import every plugin: a file that ends in .py, or a module. Raises PluginError that names it."""
-    from zoo.registry import load_file
-
-    for plugin in plugins:
-        if plugin.endswith(".py"):
-            load_file(plugin)
-            continue
-        try:
-            importlib.import_module(plugin)
-        except PluginError:
-            raise
-        except Exception as error:
-            raise PluginError(f"plugin module {plugin!r} fails to import: {type(error).__name__}: {error}") from error
 
 
 def execute(job: Job, setting: Setting, on_epoch: Callable[[Epoch], None] | None = None) -> Record:

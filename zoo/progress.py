@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zoo.executors import Job
 from zoo.record import Epoch, Record
 from zoo.results import error_text, longest_state
+from zoo.text import clock
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -176,10 +177,3 @@ def result_text(record: Record) -> str:
 
 def lost_text(reason: str) -> str:
     return f"its worker died ({reason}); it is tried again at the end"
-
-
-def clock(seconds: float) -> str:
-    """`1:05:09`, `5:09`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -175,6 +175,20 @@ class Registry(Generic[T]):
                 f"zoo.{self._base().__name__}.{did_you_mean(attribute, classes)}"
             )
         return cls
+
+
+def load_plugins(plugins: Iterable[str]) -> None:
+    """Import every plugin: a file that ends in .py, or a module. Raises PluginError that names it."""
+    for plugin in plugins:
+        if plugin.endswith(".py"):
+            load_file(plugin)
+            continue
+        try:
+            importlib.import_module(plugin)
+        except PluginError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"plugin module {plugin!r} fails to import: {_describe(error)}") from error
 
 
 def load_file(path: str | Path) -> ModuleType:

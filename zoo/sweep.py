@@ -17,10 +17,11 @@ from typing import Literal, get_args
 from zoo.config import Sweep, Trial
 from zoo.errors import ConfigError, UnsupportedError
 from zoo.executors import InlineExecutor, Job, Listener, RayExecutor, Setting, import_ray, machine_slots
-from zoo.progress import clock, make_progress
+from zoo.progress import make_progress
 from zoo.record import Record
 from zoo.results import RunStore, error_text
 from zoo.tasks import IGNORE, Task
+from zoo.text import clock
 
 ExecutorName = Literal["auto", "ray", "inline"]
 

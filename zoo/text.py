@@ -7,13 +7,10 @@ import textwrap
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from zoo.progress import clock
-from zoo.record import Epoch, Outcome, Record
-from zoo.results import error_text, family, labels, longest_state
-
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from zoo.record import Epoch, Outcome, Record
     from zoo.registry import Registry
     from zoo.sweep import PlannedTrial
 
@@ -51,6 +48,13 @@ def plan_text(plan: Sequence[PlannedTrial], run: Path) -> str:
     return "\n".join(lines)
 
 
+def clock(seconds: float) -> str:
+    """`1:05:09`, `5:09`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def epoch_text(epoch: Epoch) -> str:
     return (
         f"epoch {epoch.epoch + 1}  step {epoch.step}  lr {epoch.learning_rate:.2e}  train loss {epoch.train_loss:.4f}  "
@@ -60,6 +64,8 @@ def epoch_text(epoch: Epoch) -> str:
 
 def trials_text(records: Sequence[Record]) -> str:
     """One line a trial."""
+    from zoo.results import error_text, family, labels, longest_state
+
     rows = [["key", "status", "model", "settings", "lr", "seed", "validation", "test", "state B", "seconds", ""]]
     for record, label in zip(records, labels(records), strict=True):
         outcome, state = record.outcome, longest_state(record)
