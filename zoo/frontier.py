@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from zoo.errors import ConfigError, RecordError, did_you_mean
+from zoo.errors import ConfigError, PluginError, RecordError, UnknownNameError, did_you_mean
 from zoo.record import Record
 from zoo.results import error_text, family, labels, longest_state
 
@@ -336,12 +336,16 @@ def hypervolumes(frontier: pd.DataFrame, reference: tuple[float, float] | None =
 def information_limit(records: Iterable[Record], slice_name: str | None = None) -> pd.DataFrame | None:
     """The most accuracy that any causal model can have with a state of so many bytes: columns bytes, accuracy.
 
-    The mean over the test slices of one data setting, or one slice's; None when a task states no limit. The tasks
-    give the fewest bits for an accuracy (`Task.information_limit_bits`); this is the inverse.
+    The mean over the test slices of one data setting, or one slice's. The tasks give the fewest bits for an accuracy
+    (`Task.information_limit_bits`); this is the inverse. None when a task states no limit, or is a plugin that is not
+    loaded.
     """
     import pandas as pd
 
-    tasks = [task for task in _test_tasks(next(iter(records))) if slice_name in (None, task.slice_name)]
+    try:
+        tasks = [task for task in _test_tasks(next(iter(records))) if slice_name in (None, task.slice_name)]
+    except (UnknownNameError, PluginError):
+        return None
     levels = np.linspace(0.0, 1.0, 1001)
     needed = []
     for task in tasks:

@@ -167,13 +167,12 @@ def figure(
     title: str = "Recall against recurrent state",
     *,
     limit: pd.DataFrame | None = None,
-    chance: float | None = None,
     steps: bool = False,
 ) -> Figure:
     """Draw a `frontier_table`, or several (`by_slice`, `split_by_data`) as small multiples under their names.
 
-    overlay: see `read_overlay`. limit: see `zoo.frontier.information_limit`; chance: an accuracy; both drawn as lines.
-    A family's line joins its Pareto points, or with `steps` is their staircase.
+    overlay: see `read_overlay`. limit: see `zoo.frontier.information_limit`; a line, or a remark when it is
+    left of all points. steps: a family's line is the staircase of its Pareto points instead of joining them.
     Raises ConfigError when no model has a point, or when several frontiers are given with an overlay or a limit.
     """
     import matplotlib
@@ -197,9 +196,14 @@ def figure(
             left=left, right=1 - 0.18 / width, top=top, bottom=bottom, wspace=0.16, hspace=0.34 if rows > 1 else 0
         )
         axes = [fig.add_subplot(rows, columns, i + 1) for i in range(len(panels))]
-        extent = _extent(panels.values(), overlay, limit)
+        extent = _extent(panels.values(), overlay)
+        remark = None
+        if limit is not None and limit["bytes"].max() < extent[0]:
+            limit, remark = None, f"information limit: {format_bytes(math.ceil(limit['bytes'].max()))} for accuracy 1"
+        elif limit is not None:
+            extent = (min(extent[0], float(limit["bytes"][limit["accuracy"] >= 0.5].min()) / 1.7), extent[1])
         for ax, (name, panel) in zip(axes, panels.items(), strict=True):
-            _panel(fig, ax, panel[panel["status"] == "ok"], overlay, limit, chance, steps, extent, small=not single)
+            _panel(fig, ax, panel[panel["status"] == "ok"], overlay, limit, steps, extent, small=not single)
             ax.set_title(name, loc="left", fontsize=9.5, color="#222222")
         inch = 1 / height
         fig.text(left, 1 - 0.36 * inch, title, fontsize=14, fontweight="bold", color="#111111")
@@ -212,12 +216,12 @@ def figure(
             (left + 1 - 0.18 / width) / 2, 0.5 * inch, f"measured recurrent state of one sequence{at}", ha="center"
         )
         fig.text(0.14 / width, (top + bottom) / 2, "test accuracy", rotation=90, va="center")
-        caption = _caption(list(panels.values()), overlay, int(14.5 * width))
+        caption = _caption(list(panels.values()), overlay, remark, int(14.5 * width))
         fig.text(left, 0.12 * inch, caption, fontsize=7.5, color=GREY, linespacing=1.4)
     return fig
 
 
-def _caption(panels: list[pd.DataFrame], overlay: pd.DataFrame | None, columns: int) -> str:
+def _caption(panels: list[pd.DataFrame], overlay: pd.DataFrame | None, remark: str | None, columns: int) -> str:
     seeds = max(int(panel["n"].max()) for panel in panels)
     several = ["marker: mean over seeds", "pale: one seed", f"bar: {COVERAGE:.0%} t interval"]
     parts = several if seeds > 1 else ["marker: one seed"]
@@ -226,6 +230,8 @@ def _caption(panels: list[pd.DataFrame], overlay: pd.DataFrame | None, columns: 
         parts.append("dotted: state grows with T")
     if overlay is not None:
         parts.append(f"hollow: {overlay.attrs.get('name', 'overlay')}")
+    if remark is not None:
+        parts.append(remark)
     lost = sum(int((panel["status"] != "ok").sum()) for panel in panels)
     if lost:
         parts.append(f"not shown: {lost} whose every trial diverged or failed")
@@ -236,15 +242,11 @@ def _caption(panels: list[pd.DataFrame], overlay: pd.DataFrame | None, columns: 
     return "\n".join(lines)
 
 
-def _extent(
-    panels: Iterable[pd.DataFrame], overlay: pd.DataFrame | None, limit: pd.DataFrame | None
-) -> tuple[float, float]:
+def _extent(panels: Iterable[pd.DataFrame], overlay: pd.DataFrame | None) -> tuple[float, float]:
     """The ends of the byte axis, the same for all panels: room on the right for labels."""
     sizes = np.concatenate([panel.loc[panel["status"] == "ok", "state_bytes"].astype(float) for panel in panels])
     if overlay is not None:
         sizes = np.append(sizes, overlay["bytes"])
-    if limit is not None:
-        sizes = np.append(sizes, limit.loc[limit["accuracy"] >= 0.5, "bytes"])
     return float(sizes.min()) / 1.7, float(sizes.max()) * 1.9
 
 
@@ -254,7 +256,6 @@ def _panel(
     points: pd.DataFrame,
     overlay: pd.DataFrame | None,
     limit: pd.DataFrame | None,
-    chance: float | None,
     steps: bool,
     extent: tuple[float, float],
     small: bool,
@@ -264,9 +265,6 @@ def _panel(
     ax.set_ylim(-0.03, 1.05)
     _dress(ax, small)
     _draw_steps(ax, points["state_bytes"].to_numpy(dtype=float), points["accuracy"].to_numpy(dtype=float))
-    if chance is not None:
-        ax.axhline(chance, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-        ax.annotate("chance", (0, chance), (4, 3), ax.get_yaxis_transform(), "offset points", fontsize=8, color=GREY)
     if limit is not None:
         ax.plot(limit["bytes"], limit["accuracy"], color=GREY, linewidth=1.2, linestyle=(0, (5, 1.5)), zorder=1.5)
         middle = limit[limit["accuracy"] >= 0.7].iloc[0]
