@@ -54,7 +54,7 @@ BROKEN = [
     (broken.StartsElsewhere, {SCAN}, "steps from init_state, against forward: all 70 positions differ, by up to"),
     (broken.ForgetsRotation, {SCAN}, "with rotary positions: all 20 positions differ"),
     (broken.Epsilon, {SCAN}, "in fp64, by up to 3.8e-07 of the output's scale (allowed 1e-09)"),
-    (broken.PrefillScalesState, {PREFILL}, "prefill of 1 tokens and then steps, against forward: positions 1, 2, 3, 4"),
+    (broken.PrefillScalesState, {PREFILL}, "prefill of 1 tokens and 8 steps, against forward: positions 1, 2, 3, 4"),
     (
         broken.PrefillStartsAfresh,
         {SEGMENTS},
@@ -87,8 +87,8 @@ BROKEN = [
     (broken.SeedsItself, {DETERMINISM}, "'previous' as initialised, built and run again with the same seed: 16 of 16"),
     (broken.DrawsNumbers, {RANDOM}, "forward draws from torch's generator"),
     (
-        broken.NoisyOutput,
-        {MEMORY, CAUSALITY, SCAN, PREFILL, SEGMENTS, FLOAT64, DIFFERENCES, DETERMINISM, PICKLE},
+        broken.Drifts,
+        {MEMORY, CAUSALITY, SCAN, PREFILL, SEGMENTS, FLOAT64, DIFFERENCES, PICKLE},
         "forward called again, another input in between: ",
     ),
     (broken.TakesAnyKey, {CONFIG}, "the unknown key 'no_such_option' is taken in silence"),
@@ -213,18 +213,14 @@ def test_the_pytest_class_in_a_repository_of_its_own(tmp_path):
         "class TestIdentity(MixerConformance):\n"
         "    mixer_class = pytest.fixture(lambda self: theirs.Identity)\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "test_theirs.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=_environment(),
-    )
+    options = ("-q", "-p", "no:cacheprovider", "--tb=line", "-k", "causality or scan or pickle")
+    command = [sys.executable, "-m", "pytest", *options, "test_theirs.py"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_environment())
     assert "depends on input at position" in run.stdout, run.stdout + run.stderr
     assert "FAILED test_theirs.py::TestIdentity::test_causality" in run.stdout
     assert "FAILED test_theirs.py::TestIdentity::test_forward_is_scan_of_step" in run.stdout
-    assert "test_batch_invariance" not in run.stdout
     assert "test_pickle_and_deepcopy" not in run.stdout
+    assert f"3 failed, 1 passed, {len(CHECKS) - 4} deselected" in run.stdout
 
 
 def test_checking_needs_no_pytest():
