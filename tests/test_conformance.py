@@ -53,14 +53,18 @@ BROKEN = [
     ),
     (broken.StartsElsewhere, {SCAN}, "steps from init_state, against forward: all 70 positions differ, by up to"),
     (broken.ForgetsRotation, {SCAN}, "with rotary positions: all 20 positions differ"),
-    (broken.Epsilon, {SCAN}, "in fp64, by up to 3.8e-07 of the output's scale (allowed 1e-09)"),
+    (broken.Epsilon, {SCAN}, "of the output's scale (allowed 1e-09), at row 1, position 0"),
     (broken.PrefillScalesState, {PREFILL}, "prefill of 1 tokens and 8 steps, against forward: positions 1, 2, 3, 4"),
     (
         broken.PrefillStartsAfresh,
         {SEGMENTS},
         "prefill cut at 35, against forward: positions 35, 36, 37, 38 and 31 more",
     ),
-    (broken.PrefillDropsLast, {PREFILL, SEGMENTS}, "position 1, channel 2: 0.0682817 against 0.0804619"),
+    (
+        broken.PrefillDropsLast,
+        {PREFILL, SEGMENTS},
+        "prefill of 1 tokens and 8 steps, against forward: positions 1, 2, 3, 4",
+    ),
     (broken.UnnamedState, {BATCH_FIRST}, "the state after a step holds {'0': 'torch.float32 on cpu'"),
     (broken.BatchLast, {BATCH_FIRST, SIZE}, "state tensor 'h' of init_state has shape (16, 3); its first axis must be"),
     (broken.RandomConstant, {ROUND_TRIP}, "a fresh module with the saved weights and state, against going on"),
@@ -80,7 +84,7 @@ BROKEN = [
         {REACH, DIFFERENCES},
         "the gradient of parameter 'previous' (16,) has 16 NaN or infinite",
     ),
-    (broken.GradientOnePercentOff, {DIFFERENCES}, "the gradient of the input (2, 70, 16) is wrong by 1.3e-03"),
+    (broken.GradientOnePercentOff, {DIFFERENCES}, "the gradient of the input (2, 70, 16) is wrong by 1"),
     (broken.SinglePrecisionState, {FLOAT64}, "state tensor 'h' of init_state is torch.float32 in a module in fp64"),
     (broken.SinglePrecisionInside, {FLOAT64, DIFFERENCES}, "is something computed in fp32?): all 70 positions differ"),
     (broken.Dropout, {TRAIN}, "forward in train(), against eval(): all 70 positions differ"),
@@ -94,7 +98,7 @@ BROKEN = [
     (broken.TakesAnyKey, {CONFIG}, "the unknown key 'no_such_option' is taken in silence"),
     (broken.ChangeableConfig, {CONFIG}, "the field 'bias' of a config can be set"),
     (broken.ForgetsConfig, {CONFIG}, "the mixer keeps Config(bias=1.0)"),
-    (broken.HoldsALambda, {PICKLE}, "crashed: AttributeError: Can't "),
+    (broken.HoldsALambda, {PICKLE}, "local object 'HoldsALambda.__init__.<locals>.<lambda>'"),
     (broken.LoneLayer, {LAYERS}, "crashed: ZeroDivisionError: division by zero (at broken_mixers.py:"),
 ]
 
