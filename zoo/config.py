@@ -75,7 +75,7 @@ class ModelConfig(_Config):
     @property
     def family(self) -> str:
         """The mixers of the pattern other than the gated convolution, joined by `+`: what a figure calls the model."""
-        names = list(dict.fromkeys(layer.mixer for layer in self.layers))
+        names = list(dict.fromkeys(layer.mixer.rpartition(":")[2] for layer in self.layers))
         return "+".join([name for name in names if name != "gated_conv"] or names)
 
 
@@ -221,7 +221,11 @@ class Sweep:
             known = [str(p) for p in sorted(file.parent.glob("*.yaml"))] if file.parent.is_dir() else []
             raise ConfigError(f"sweep file {str(path)!r} does not exist.{did_you_mean(str(path), known)}")
         try:
-            return cls.from_dict(read_yaml(file.read_text(), str(path)), overrides, default_name=file.stem)
+            text = file.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: is not text in UTF-8 ({error.reason} at byte {error.start}).") from None
+        try:
+            return cls.from_dict(read_yaml(text, str(path)), overrides, default_name=file.stem)
         except ConfigError as error:
             raise type(error)(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
 
@@ -250,9 +254,7 @@ class Sweep:
                 trial = parse(Trial, point, "")
                 trials.setdefault(trial.key, trial)
         if not trials:
-            raise ConfigError(
-                "the grid is empty: an axis or `variants` is an empty list; give each at least one value."
-            )
+            raise ConfigError("the grid is empty: `variants` has no entries; give it at least one, or leave it out.")
         return cls(str(source.get("name", default_name)), list(trials.values()), source)
 
 

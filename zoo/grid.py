@@ -17,34 +17,32 @@ from zoo.tasks import tasks
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `1e-3` is a number, `no` is text; a key given twice is an error."""
+    """YAML 1.2's scalars: `1e-3` is a number, `no` and `1:30` are text; a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key.start_mark)
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
                 )
-            seen.add(key)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
+_KEPT = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag in _KEPT]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
-    list("-+0123456789."),
-)
+for _tag, _regexp, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9]\d*)", "-+0123456789"),
+    ("float", r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)", "-+0123456789."),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_regexp})$"), list(_first))
 
 
 def read_yaml(text: str, name: str) -> Any:
@@ -52,9 +50,13 @@ def read_yaml(text: str, name: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        lines = text.splitlines()
+        mark = error.problem_mark
+        if mark is None or (mark.line >= len(lines) and error.context_mark is not None):
+            # What never ends is best shown where it begins.
+            mark = error.context_mark
         where = f"{name}, line {mark.line + 1}, column {mark.column + 1}" if mark else name
-        line = text.splitlines()[mark.line].rstrip() if mark and mark.line < len(text.splitlines()) else ""
+        line = lines[mark.line].rstrip() if mark and mark.line < len(lines) else ""
         raise ConfigError(f"{where}: not valid YAML: {error.problem}.\n    {line}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}.") from None
@@ -76,13 +78,19 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"override {override!r} is not of the form path.to.key=value, such as model.d_model=64,128.")
-    value = read_yaml(text if text[:1] in "[{" else f"[{text}]", f"override {override!r}")
-    if text[:1] not in ("[", "{") and len(value) == 1:
-        value = value[0]
+    values = read_yaml(f"[{text}]", f"override {override!r}")
+    if not values:
+        raise ConfigError(f"override {override!r} has no value; write null for none.")
+    value = values[0] if len(values) == 1 else values
     *parents, last = path.split(".")
     node: Any = data
     for part in parents:
-        node = node.setdefault(part, {}) if isinstance(node, dict) else _item(node, part, override)
+        if isinstance(node, dict):
+            # `null` leaves a part out; a setting below it puts the part in.
+            node[part] = {} if node.get(part) is None else node[part]
+            node = node[part]
+        else:
+            node = _item(node, part, override)
     if isinstance(node, dict):
         node[last] = value
     else:
@@ -115,6 +123,9 @@ def expand(data: Any, schema: Any) -> list[Any]:
 
 def _product(data: dict[str, Any], annotations: dict[str, Any]) -> list[dict[str, Any]]:
     axes = [_expand_field(value, annotations.get(key)) for key, value in data.items()]
+    for key, axis in zip(data, axes, strict=True):
+        if not axis:
+            raise ConfigError(f"the grid is empty: {key!r} is an axis without values; give it at least one.")
     return [dict(zip(data, point, strict=True)) for point in itertools.product(*axes)]
 
 
