@@ -19,9 +19,12 @@ def form(request, monkeypatch):
     return request.param
 
 
-def arguments(B=2, T=17, D=5, L=None, *, dtype=torch.float64, seed=0):
+def arguments(B=2, T=17, D=5, L=None, P=0, *, dtype=torch.float64, seed=0):
+    """u, kernel, skip, gate and, where P > 0, the P inputs before u."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"u": (B, T, D), "kernel": (D, T if L is None else L), "skip": (D,), "gate": (B, T, D)}
+    if P:
+        shapes["past"] = (B, P, D)
     return {
         name: torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for name, shape in shapes.items()
     }
@@ -55,6 +58,18 @@ def test_gradients_of_every_input(form, T):
         a = arguments(T=T, L=L)
         for name, got, expected in zip(a, gradients("chunked", a), gradients("reference", a), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"d{name}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("P", "T", "L"), [(1, 1, 2), (63, 1, 64), (40, 33, 73), (40, 33, 99), (100, 20, 7), (5, 70, 30)]
+)
+def test_a_past_continues_the_sequence(form, P, T, L):
+    a = arguments(T=T, L=L, P=P)
+    whole = long_conv(torch.cat([a["past"], a["u"]], 1), a["kernel"], a["skip"])[:, P:] * a["gate"]
+    torch.testing.assert_close(long_conv(**a), whole, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(long_conv(**a, impl="reference"), whole, rtol=1e-11, atol=1e-11)
+    for name, got, expected in zip(a, gradients("chunked", a), gradients("reference", a), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"d{name}: {m}")
 
 
 def test_an_impulse_returns_the_kernel(form):
@@ -112,6 +127,7 @@ def test_bfloat16_is_summed_in_fp32(form):
         ({"kernel": torch.zeros(4, 17)}, r"kernel has shape \(4, 17\); expected \(D=5, L\)"),
         ({"skip": torch.zeros(5, 1)}, "skip has shape"),
         ({"gate": torch.zeros(2, 16, 5)}, r"gate has shape \(2, 16, 5\); expected \(B=2, T=17, D=5\)"),
+        ({"past": torch.zeros(3, 4, 5)}, r"past has shape \(3, 4, 5\); expected \(B=2, P, D=5\)"),
         ({"impl": "conv"}, "no backend 'conv'"),
     ],
 )

@@ -16,16 +16,17 @@ def long_conv(
     skip: Tensor | None = None,
     gate: Tensor | None = None,
     *,
+    past: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """y_t = gate_t * (sum_{j <= t} kernel[:, j] * u_{t-j} + skip * u_t), channel by channel.
+    """y_t = gate_t * (sum_j kernel[:, j] * u_{t-j} + skip * u_t), channel by channel.
 
     Args:
         u: (B, T, D).
-        kernel: (D, L), its first tap meets the present token. Of L > T taps the first T are used; a kernel of L < T
-            taps is zero beyond.
+        kernel: (D, L), its first tap meets the present token. The sum ends with the last tap or the first input.
         skip: (D,).
         gate: (B, T, D).
+        past: (B, P, D), the inputs before u in time order, all that a decode has to keep; None: none.
         impl: "reference", "chunked" or None (by device).
 
     Returns:
@@ -36,5 +37,7 @@ def long_conv(
 
     Source: Hyena (arXiv 2302.10866), definition 3.1; S4's convolution form (arXiv 2111.00396), equation 5.
     """
-    check_shapes("long_conv", u=(u, "BTD"), kernel=(kernel, "DL"), skip=(skip, "D"), gate=(gate, "BTD"))
-    return backend(__name__, IMPLS, impl, u.device).long_conv(u, kernel, skip, gate)
+    check_shapes(
+        "long_conv", u=(u, "BTD"), kernel=(kernel, "DL"), skip=(skip, "D"), gate=(gate, "BTD"), past=(past, "BPD")
+    )
+    return backend(__name__, IMPLS, impl, u.device).long_conv(u, kernel, skip, gate, past)

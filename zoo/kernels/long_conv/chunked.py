@@ -1,9 +1,9 @@
-"""Up to DIRECT_TAPS taps: a product with a Toeplitz matrix, block by block; beyond: the Fourier transform.
+"""Up to DIRECT_TAPS taps or outputs: a product with a Toeplitz matrix, block by block; beyond: the Fourier transform.
 
 The direct form is exactly causal: an output is the same to the last bit whatever comes after it. In the Fourier form
-that holds to rounding only, but its cost grows as T log T. On one core the direct form costs the same at T = 64, a
-quarter more at 256, twice as much at 512 and five times as much at 1024. Both write their gradient out, which halves
-the time of the Fourier form under autograd.
+that holds to rounding only, but its cost grows as T log T. Forward and backward on one core, the direct form costs the
+same at T = 64, a third more at 256, twice as much at 512 and five times as much at 1024. Both write their gradient
+out, which takes a third off the Fourier form under autograd.
 
 Letters: B batch, T time, D channels, L taps, c outputs of a block.
 """
@@ -36,53 +36,49 @@ def _channels_last(x_DBT: Tensor) -> Tensor:
 
 
 class _Direct(torch.autograd.Function):
-    """u (B, T, D), kernel (D, L), L <= T -> y (B, T, D).
+    """u (B, P+T, D), kernel (D, L), L <= P+T, T -> the last T outputs y (B, T, D).
 
     `hankel` (D, L+c-1, c) holds kernel[:, i + j - (c-1)] at i, j. With its rows reversed it maps the inputs of a block,
     the last of them being the block's own, to its outputs; with its columns reversed, the gradients of the outputs
-    that a block reaches to those of its inputs.
+    that some inputs reach to those of the inputs.
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, kernel: Tensor) -> Tensor:
-        T = u.shape[1]
-        L = kernel.shape[1]
+    def forward(ctx: Any, u: Tensor, kernel: Tensor, T: int) -> Tensor:
+        seen, L, block = u.shape[1], kernel.shape[1], min(BLOCK, T)
         u_DBT = _channels_first(u)
-        hankel = F.pad(kernel, (BLOCK - 1, BLOCK - 1)).unfold(1, BLOCK, 1)
+        hankel = F.pad(kernel, (block - 1, block - 1)).unfold(1, block, 1)
         toeplitz = hankel.flip(1)
-        y_DBT = torch.empty_like(u_DBT)
-        for start, stop, first, row in _blocks(T, L):
-            rows = slice(row, row + stop - first)
-            y_DBT[:, :, start:stop] = u_DBT[:, :, first:stop] @ toeplitz[:, rows, : stop - start]
+        y_DBT = u_DBT.new_empty(*u_DBT.shape[:2], T)
+        for start in range(seen - T, seen, block):
+            stop, first, row = min(start + block, seen), max(0, start - L + 1), max(0, L - 1 - start)
+            outputs = slice(start - seen + T, stop - seen + T)
+            y_DBT[:, :, outputs] = u_DBT[:, :, first:stop] @ toeplitz[:, row : row + stop - first, : stop - start]
         ctx.save_for_backward(u_DBT, hankel)
         return _channels_last(y_DBT)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         u_DBT, hankel = ctx.saved_tensors
-        D, _, T = u_DBT.shape
-        rows = hankel.shape[1]
-        L = rows - BLOCK + 1
-        dy_DBT = _channels_first(dy)
+        D, _, seen = u_DBT.shape
+        rows, block = hankel.shape[1:]
+        L, T = rows - block + 1, dy.shape[1]
+        # The outputs that were not asked for have no gradient.
+        dy_DBT = F.pad(_channels_first(dy), (seen - T, 0))
         toeplitz = hankel.flip(2)
         du_DBT = torch.empty_like(u_DBT)
-        dtoeplitz_DcL = dy.new_zeros(D, BLOCK, rows)
-        for start, stop, first, row in _blocks(T, L):
-            reach = min(T, start + rows)
+        for start in range(0, seen, block):
+            stop, reach = min(start + block, seen), min(start + rows, seen)
             du_DBT[:, :, start:stop] = dy_DBT[:, :, start:reach] @ toeplitz[:, : reach - start, : stop - start]
+        dtoeplitz_DcL = dy.new_zeros(D, block, rows)
+        for start in range(seen - T, seen, block):
+            stop, first, row = min(start + block, seen), max(0, start - L + 1), max(0, L - 1 - start)
             part = dtoeplitz_DcL[:, : stop - start, row : row + stop - first]
             part.baddbmm_(dy_DBT[:, :, start:stop].mT, u_DBT[:, :, first:stop])
         # Row j shifted right by j, so that the places of one tap stand in one column.
-        shifted = F.pad(dtoeplitz_DcL.flip(2), (0, BLOCK)).flatten(1)[:, :-BLOCK].view(D, BLOCK, rows + BLOCK - 1)
-        return _channels_last(du_DBT), shifted.sum(1)[:, BLOCK - 1 : BLOCK - 1 + L]
-
-
-def _blocks(T: int, L: int) -> list[tuple[int, int, int, int]]:
-    """Each block's outputs (start, stop), the first input that they see, and its row in the Toeplitz matrix."""
-    return [
-        (start, min(start + BLOCK, T), max(0, start - L + 1), max(0, L - 1 - start)) for start in range(0, T, BLOCK)
-    ]
+        shifted = F.pad(dtoeplitz_DcL.flip(2), (0, block)).flatten(1)[:, :-block].view(D, block, rows + block - 1)
+        return _channels_last(du_DBT), shifted.sum(1)[:, block - 1 : block - 1 + L], None
 
 
 class _Fourier(torch.autograd.Function):
@@ -108,11 +104,16 @@ class _Fourier(torch.autograd.Function):
         return du, dkernel
 
 
-def long_conv(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None) -> Tensor:
+def long_conv(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, past: Tensor | None) -> Tensor:
+    T = u.shape[1]
     dtype = state_dtype(u.dtype)
     x = u.to(dtype)
-    taps = kernel[:, : u.shape[1]].to(dtype)
-    y = (_Direct if taps.shape[1] <= DIRECT_TAPS else _Fourier).apply(x, taps)
+    seen = x if past is None else torch.cat([past.to(dtype), x], dim=1)
+    taps = kernel[:, : seen.shape[1]].to(dtype)
+    if min(taps.shape[1], T) <= DIRECT_TAPS:
+        y = _Direct.apply(seen, taps, T)
+    else:
+        y = _Fourier.apply(seen, taps)[:, seen.shape[1] - T :]
     if skip is not None:
         y = torch.addcmul(y, x, skip.to(dtype))
     if gate is not None:

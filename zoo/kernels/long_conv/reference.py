@@ -8,14 +8,15 @@ from torch import Tensor
 from zoo.kernels.backend import state_dtype
 
 
-def long_conv(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None) -> Tensor:
+def long_conv(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, past: Tensor | None) -> Tensor:
     dtype = state_dtype(u.dtype)
     x, k = u.to(dtype), kernel.to(dtype)
+    seen = x if past is None else torch.cat([past.to(dtype), x], dim=1)
     L = k.shape[1]
     outputs = []
-    for t in range(x.shape[1]):
-        past_BjD = x[:, max(t + 1 - L, 0) : t + 1].flip(1)
-        outputs.append((past_BjD * k.T[: past_BjD.shape[1]]).sum(1))
+    for t in range(seen.shape[1] - x.shape[1], seen.shape[1]):
+        latest_first_BjD = seen[:, max(t + 1 - L, 0) : t + 1].flip(1)
+        outputs.append((latest_first_BjD * k.T[: latest_first_BjD.shape[1]]).sum(1))
     y = torch.stack(outputs, dim=1)
     if skip is not None:
         y = y + skip.to(dtype) * x
