@@ -39,7 +39,7 @@ def check_launch(op: str, *tensors: Tensor | None) -> torch.dtype:
         raise UnsupportedError(f"{op}: the Triton backend does not support {dtype}; pass impl='chunked'.")
     if given[0].device.type != "cuda" and not INTERPRETED:
         raise UnsupportedError(
-            f"{op}: the Triton backend cannot run on {given[0].device.type}; pass impl='chunked', or, to try the kernels "
+            f"{op}: the Triton backend cannot run on {given[0].device.type}; pass impl='chunked'. To try the kernels "
             "in Triton's interpreter, set TRITON_INTERPRET=1 before zoo is imported."
         )
     return dtype
