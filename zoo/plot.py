@@ -199,7 +199,8 @@ def figure(
         extent = _extent(panels.values(), overlay)
         remark = None
         if limit is not None and limit["bytes"].max() < extent[0]:
-            limit, remark = None, f"information limit: {format_bytes(math.ceil(limit['bytes'].max()))} for accuracy 1"
+            remark = f"information limit: {format_bytes(math.ceil(limit['bytes'].max()))} for accuracy 1"
+            limit = None
         elif limit is not None:
             extent = (min(extent[0], float(limit["bytes"][limit["accuracy"] >= 0.5].min()) / 1.7), extent[1])
         for ax, (name, panel) in zip(axes, panels.items(), strict=True):
