@@ -76,7 +76,7 @@ def _states(S: Tensor | None, kv: Tensor, kept: Tensor | None) -> tuple[Tensor, 
     for kv_n, kept_n in zip(kv.unbind(2), [None] * kv.shape[2] if kept is None else kept.unbind(2), strict=True):
         before.append(S)
         S = S + kv_n if kept_n is None else torch.addcmul(kv_n, kept_n, S)
-    return torch.stack(before, dim=2), S
+    return before[0].unsqueeze(2) if len(before) == 1 else torch.stack(before, dim=2), S
 
 
 def _chunk_size(T: int, state: int) -> int:

@@ -26,20 +26,31 @@ def taylor_attention(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     T, K = q.shape[1], q.shape[3]
     out_dtype, dtype = v.dtype, state_dtype(v.dtype)
-    C = 128 if T > 4 * num_features(K) else T  # as measured
-    # A column of ones beside v makes z one more column of S. In the padding it is 0: those tokens have no weight.
-    q, k, v = (_to_chunks(x.to(dtype), C) for x in (q, k, pad(v, (0, 1), value=1.0)))
-    o = _TaylorScores.apply((q * K**-0.5) @ k.mT) @ v
+    C = T if 4 * num_features(K) >= T else 128  # as measured
+    # 1 for a token and 0 for the padding: the padding's features are not 0.
+    q, k, v, one = (_to_chunks(x.to(dtype), C) for x in (q, k, v, torch.ones_like(v[..., :1])))
+    scores = _TaylorScores.apply((q * K**-0.5) @ k.mT)
+    numerator, weight = scores @ v, scores.sum(-1, keepdim=True)
+    S = z = None
     if initial_state is not None or C < T or return_state:
-        added = taylor_features(k).mT @ v
-        if initial_state is None:
-            S_0 = torch.zeros_like(added[:, :, 0])
-        else:
-            S_0 = torch.cat([initial_state[0], initial_state[1][..., None]], dim=-1).to(dtype)
-        S = torch.cat([S_0[:, :, None], added], dim=2).cumsum(2)
-        o = o + taylor_features(q) @ S[:, :, :-1]
-    o = (o[..., :-1] / (o[..., -1:] + eps)).permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T].to(out_dtype)
-    return o, (S[:, :, -1, :, :-1], S[:, :, -1, :, -1]) if return_state else None
+        S_0, z_0 = (None, None) if initial_state is None else initial_state
+        phi_q, phi_k = taylor_features(q), taylor_features(k)
+        S_before, S = _sums(S_0, phi_k.mT @ v)
+        z_before, z = _sums(z_0, (phi_k.mT @ one).squeeze(-1))
+        numerator = numerator + phi_q @ S_before
+        weight = weight + phi_q @ z_before[..., None]
+    o = (numerator / (weight + eps)).permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T].to(out_dtype)
+    return o, (S, z) if return_state else None
+
+
+def _sums(x: Tensor | None, added: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum before each chunk, and after the last, of what the chunks add (B, H, N, ...) to x."""
+    x = torch.zeros_like(added[:, :, 0]) if x is None else x.to(added.dtype)
+    before = []
+    for added_n in added.unbind(2):
+        before.append(x)
+        x = x + added_n
+    return before[0].unsqueeze(2) if len(before) == 1 else torch.stack(before, dim=2), x
 
 
 def _to_chunks(x: Tensor, C: int) -> Tensor:
