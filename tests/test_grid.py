@@ -182,7 +182,7 @@ def test_bad_logspace(value):
 
 @pytest.mark.parametrize("data", [{"size": []}, {"inner": {"width": []}}, {"size": [1, 2], "kind": []}])
 def test_an_axis_without_values_is_an_error_that_names_it(data):
-    with pytest.raises(ConfigError, match="the grid is empty: '(size|width|kind)' is an axis without values"):
+    with pytest.raises(ConfigError, match=r"the grid is empty: '(size|width|kind)' is an axis without values"):
         expand(data, Outer)
 
 
@@ -216,5 +216,5 @@ def test_a_slices_options_and_its_number_of_examples_are_axes():
 
 
 def test_an_unknown_mixer_in_a_grid():
-    with pytest.raises(UnknownNameError, match="unknown mixer 'atention'. Did you mean 'attention'?"):
+    with pytest.raises(UnknownNameError, match=r"unknown mixer 'atention'. Did you mean 'attention'?"):
         expand({"layers": [{"mixer": "atention"}]}, ModelConfig)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import re
@@ -65,9 +64,16 @@ def read_yaml(text: str, name: str) -> Any:
 def merge(base: Any, over: Any) -> Any:
     """`over` laid on `base`: mappings merge key by key, anything else replaces."""
     if isinstance(base, dict) and isinstance(over, dict):
-        merged = {key: merge(value, over[key]) if key in over else copy.deepcopy(value) for key, value in base.items()}
-        return merged | {key: copy.deepcopy(value) for key, value in over.items() if key not in base}
-    return copy.deepcopy(over)
+        merged = {key: merge(value, over[key]) if key in over else _copy(value) for key, value in base.items()}
+        return merged | {key: _copy(value) for key, value in over.items() if key not in base}
+    return _copy(over)
+
+
+def _copy(value: Any) -> Any:
+    # Not deepcopy: it would keep two aliases of one YAML anchor the same object, and an override would change both.
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
