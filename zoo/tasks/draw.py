@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Integers = NDArray[np.unsignedinteger[Any]]
+Integers = NDArray[Any]
 
 
 def words(rng: np.random.Generator, bits: int, size: int) -> Integers:
-    """`size` random words of `bits` bits (8, 16, 32 or 64)."""
+    """`size` random words of `bits` bits (16 or 32)."""
     raw = rng.bit_generator.random_raw(-(-size * bits // 64))
     return raw.astype("<u8", copy=False).view(f"<u{bits // 8}")[:size]
 
@@ -28,7 +28,7 @@ def uniform(rng: np.random.Generator, high: int, shape: tuple[int, ...]) -> Inte
     """Independent integers, each exactly uniform in [0, high), high <= 2**32 (arXiv 1805.10941, algorithm 5)."""
     # 16-bit words cost half, and below 2**13 fewer than one in eight is drawn again.
     bits, wide = (16, np.uint32) if high <= 2**13 else (32, np.uint64)
-    product = words(rng, bits, math.prod(shape)).astype(wide)
+    product: Integers = words(rng, bits, math.prod(shape)).astype(wide)
     product *= wide(high)
     out = product >> wide(bits)
     biased = 2**bits % high
@@ -46,36 +46,53 @@ def distinct(
     """(rows, n + others): in each row first `n` different integers of [low, high), uniform over ordered choices, then
     `others` independent ones, uniform over those of [0, vocabulary) that are not among the `n`.
     """
-    out = np.empty((rows, n + others), np.uint32)
-    many = 4 * n > high - low
-    out[:, :n] = _permutations(rng, high - low, rows)[:, :n] if many else uniform(rng, high - low, (rows, n))
-    out[:, :n] += np.uint32(low)
-    out[:, n:] = uniform(rng, vocabulary, (rows, others))
-    # Whatever stands twice is drawn again. That depends on which columns are equal, never on the values themselves,
-    # so no choice of values is favoured over another. Sorting with the column in the low bits shows the equals.
+    # Each value carries its column in its lowest bits, so that sorting a row shows which columns are equal.
     bits = (n + others).bit_length()
     kind = np.uint32 if max(high, vocabulary) << bits <= 2**32 else np.uint64
-    row = np.arange(rows)
-    while row.size:
-        tagged = out[row].astype(kind, copy=False)
+
+    def tag(value: Integers, column: Integers) -> Integers:
+        tagged: Integers = value.astype(kind)
         tagged <<= kind(bits)
-        tagged |= np.arange(n + others, dtype=kind)
-        tagged.sort(axis=1)
-        i, j = np.divmod(np.flatnonzero((tagged[:, 1:] ^ tagged[:, :-1]) < 2**bits), max(n + others - 1, 1))
-        j = tagged[i, j + 1] & kind(2**bits - 1)
+        tagged |= column.astype(kind)
+        return tagged
+
+    many = 4 * n > high - low
+    value: Integers = np.empty((rows, n + others), kind)
+    value[:, :n] = _permutations(rng, high - low, rows)[:, :n] if many else uniform(rng, high - low, (rows, n))
+    value[:, :n] += kind(low)
+    value[:, n:] = uniform(rng, vocabulary, (rows, others))
+    tagged = tag(value, np.arange(n + others))
+    row = np.arange(rows)
+    # What stands twice is drawn again. That depends on which columns are equal, never on the values themselves, so no
+    # choice of values is favoured over another.
+    while row.size:
+        ordered: Integers = tagged.take(row, axis=0)
+        ordered.sort(axis=1)
+        equal = np.flatnonzero((ordered[:, 1:] ^ ordered[:, :-1]) < 2**bits)
+        i, j = np.divmod(equal, max(n + others - 1, 1))
+        column = ordered[i, j + 1] & kind(2**bits - 1)
         i = row[i]
-        first = j < n
-        out[i[first], j[first]] = low + uniform(rng, high - low, (np.count_nonzero(first),))
+        changed = np.zeros(rows, np.bool_)
+
+        first = column < n
+        to, at = i[first], column[first]
+        tagged[to, at] = tag(low + uniform(rng, high - low, to.shape), at)
+        changed[to] = True
+
         # Two of the others may be equal, so long as neither is among the first.
-        clash = (out[i, :n] == out[i, j, None]).any(axis=1) & ~first
-        out[i[clash], j[clash]] = uniform(rng, vocabulary, (np.count_nonzero(clash),))
-        row = np.unique(i[first | clash])
-    return out
+        to, at = i[~first], column[~first]
+        clash = ((tagged[to, :n] ^ tagged[to, at, None]) < 2**bits).any(axis=1)
+        to, at = to[clash], at[clash]
+        tagged[to, at] = tag(uniform(rng, vocabulary, to.shape), at)
+        changed[to] = True
+        row = np.flatnonzero(changed)
+    tagged >>= kind(bits)
+    return tagged
 
 
 def _permutations(rng: np.random.Generator, high: int, rows: int) -> Integers:
     """(rows, high): random permutations of [0, high), by sorting random words; equal words are drawn again."""
-    tagged = words(rng, 32, rows * high).reshape(rows, high).astype(np.uint64)
+    tagged: Integers = words(rng, 32, rows * high).reshape(rows, high).astype(np.uint64)
     tagged <<= np.uint64(32)
     tagged |= np.arange(high, dtype=np.uint64)
     tagged.sort(axis=1)

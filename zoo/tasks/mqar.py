@@ -90,24 +90,25 @@ class MQAR(Task):
         pairs, half = self.num_pairs, self.vocab_size // 2
         context = 2 * pairs * self.num_passes
         slots = (self.seq_len - context) // 2
-        drawn = distinct(rng, 1, half, n, pairs, 2 * slots - pairs if self.random_filler else 0, self.vocab_size)
+        fillers = 2 * slots - pairs if self.random_filler else 0
+        drawn = distinct(rng, 1, half, n, pairs, fillers, self.vocab_size).astype(np.int64)
         keys, filler = drawn[:, :pairs], drawn[:, pairs:]
         values = distinct(rng, half, self.vocab_size, n, pairs).astype(np.int64)
         order = power_law_order(rng, self.power_a - 1, n, slots)
+        order *= 2
+        order += context
 
-        tokens = np.zeros((n, self.seq_len), np.int64)
+        tokens = np.empty((n, self.seq_len), np.int64) if self.random_filler else np.zeros((n, self.seq_len), np.int64)
         for start in range(0, context, 2 * pairs):
             tokens[:, start : start + 2 * pairs : 2] = keys
             tokens[:, start + 1 : start + 2 * pairs : 2] = values
-        order *= 2
-        order += context
         positions = order[:, :pairs].copy()
-        order += np.arange(0, n * self.seq_len, self.seq_len)[:, None]
-        flat = tokens.reshape(-1)
-        flat[order[:, :pairs]] = keys
+        # One-dimensional indices: numpy is several times faster at them.
+        flat, row = tokens.reshape(-1), np.arange(0, n * self.seq_len, self.seq_len)[:, None]
+        flat[(positions + row).reshape(-1)] = keys.reshape(-1)
         if self.random_filler:
             tokens[:, context + 1 :: 2] = filler[:, :slots]
-            flat[order[:, pairs:]] = filler[:, slots:]
+            flat[(order[:, pairs:] + row).reshape(-1)] = filler[:, slots:].reshape(-1)
         return Batch(tokens, positions, values, context)
 
     def information_limit_bits(self, accuracy: float) -> float:
