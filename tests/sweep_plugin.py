@@ -43,9 +43,10 @@ class RunningMean(Mixer):
     """h_t = h_{t-1} + W x_t; y_t = h_t / T."""
 
     class Config(Mixer.Config):
-        """behaviour: what goes wrong in `forward`, until the file `cured` exists. seconds: that each forward takes."""
+        """behaviour: what goes wrong in `forward` until the file `cured` exists; exit_once: the first time, which makes
+        that file. seconds: that each forward takes."""
 
-        behaviour: Literal["good", "raise", "exit", "diverge"] = "good"
+        behaviour: Literal["good", "raise", "exit", "exit_once", "diverge"] = "good"
         cured: str = ""
         seconds: float = 0.0
 
@@ -58,7 +59,9 @@ class RunningMean(Mixer):
         cured = bool(self.config.cured) and Path(self.config.cured).exists()
         if self.config.behaviour == "raise" and not cured:
             raise RuntimeError("this mixer always raises")
-        if self.config.behaviour == "exit" and not cured:
+        if self.config.behaviour == "exit_once" and not cured:
+            Path(self.config.cured).touch()
+        if self.config.behaviour.startswith("exit") and not cured:
             os._exit(7)
         if self.config.behaviour == "diverge":
             return x * float("nan") + self.project(x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
@@ -16,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -139,8 +138,6 @@ def _device_name(device: str) -> str:
 class InlineExecutor:
     """One trial after another in this process."""
 
-    slots = 1
-
     def __init__(self, setting: Setting) -> None:
         self.setting = replace(setting, executor="inline")
 
@@ -157,7 +154,6 @@ class InlineExecutor:
             torch.set_num_threads(threads)
 
 
-@dataclass
 class RayExecutor:
     """Trials as Ray Core tasks that stream their epochs and then their record.
 
@@ -169,86 +165,61 @@ class RayExecutor:
     tried again alone, when the others are done, because the guilty one can take innocent ones along.
     """
 
-    setting: Setting
-    workers: int | None = None
-    slots: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        self.setting = replace(self.setting, executor="ray")
-        if self.setting.device not in ("cpu", "cuda"):
+    def __init__(self, setting: Setting, workers: int | None = None) -> None:
+        if setting.device not in ("cpu", "cuda"):
             raise ConfigError(
-                f"device {self.setting.device!r} cannot be used on Ray, which hands out devices itself; use cpu or "
-                "cuda, or --executor inline."
+                f"device {setting.device!r} cannot be used on Ray, which hands out devices itself; use cpu or cuda, "
+                "or --executor inline."
             )
+        self.setting = replace(setting, executor="ray")
+        self.workers = workers
 
     def run(self, jobs: Sequence[Job], listener: Listener) -> None:
-        with self._session() as ray:
-            _Flight(ray, self._task(ray), self.setting, listener, self._in_flight()).run(jobs)
-
-    @contextlib.contextmanager
-    def _session(self) -> Iterator[Any]:
         ray = import_ray()
         own = not ray.is_initialized()
         if own:
-            self._start(ray)
+            start_ray(ray, self.setting, self.workers)
         try:
-            self._count_slots(ray)
-            yield ray
+            slots, gpu_share = _slots(ray, self.setting, self.workers)
+            task = _remote_task(ray, self.setting.threads, gpu_share)
+            # A waiting task for each slot, so that no worker idles while the driver writes a record.
+            limit = slots if self.workers is not None else 2 * slots
+            _Flight(ray, task, self.setting, listener, limit).run(jobs)
         finally:
             if own:
                 ray.shutdown()
 
-    def _start(self, ray: Any) -> None:
-        # Ray's hints about its own set-up are not the user's business; its errors still come through.
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        options: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
-        if "RAY_ADDRESS" in os.environ:
-            ray.init(**options)
-            return
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            address="local",
-            num_cpus=machine_slots(self.setting, self.workers) * self.setting.threads,
-            num_gpus=None if self.setting.device == "cuda" else 0,
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,
-            **options,
-        )
 
-    def _count_slots(self, ray: Any) -> None:
-        resources = ray.cluster_resources()
-        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-        if cpus < self.setting.threads:
-            raise ConfigError(f"{self.setting.threads} threads a trial, but Ray has {cpus} CPUs; lower --threads.")
-        if self.setting.device == "cuda" and not gpus:
-            raise UnsupportedError("device cuda, but Ray sees no GPU; use --device cpu.")
-        self._gpu_share = 0.0
-        self.slots = cpus // self.setting.threads
-        if self.setting.device == "cuda":
-            per_gpu = math.ceil((self.workers or gpus) / gpus)
-            self._gpu_share = 1 / per_gpu
-            self.slots = min(self.slots, gpus * per_gpu)
-        self.slots = min(self.slots, self.workers or self.slots)
+def _slots(ray: Any, setting: Setting, workers: int | None) -> tuple[int, float]:
+    """How many trials Ray runs at once, and the share of a GPU that each gets."""
+    resources = ray.cluster_resources()
+    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    if setting.device == "cuda" and not gpus:
+        raise UnsupportedError("device cuda, but Ray sees no GPU; use --device cpu.")
+    if cpus < setting.threads:
+        raise ConfigError(f"{setting.threads} threads a trial, but Ray has {cpus} CPUs; lower --threads.")
+    slots, gpu_share = cpus // setting.threads, 0.0
+    if setting.device == "cuda":
+        per_gpu = math.ceil((workers or gpus) / gpus)
+        slots, gpu_share = min(slots, gpus * per_gpu), 1 / per_gpu
+    return min(slots, workers or slots), gpu_share
 
-    def _in_flight(self) -> int:
-        # A waiting task for each slot, so that no worker idles while the driver writes a record.
-        return 2 * self.slots if self.workers is None else self.slots
 
-    def _task(self, ray: Any) -> Any:
-        # A local function travels by value, and its arguments as bytes: a worker finds zoo once sys.path is complete.
-        def run_trial(sys_path: list[str], payload: bytes) -> Iterator[Any]:
-            sys.path += [path for path in sys_path if path not in sys.path]
-            from zoo.executors import stream
+def _remote_task(ray: Any, threads: int, gpu_share: float) -> Any:
+    # A local function travels by value, and its arguments as bytes: a worker finds zoo once sys.path is complete.
+    def run_trial(sys_path: list[str], payload: bytes) -> Iterator[Any]:
+        sys.path += [path for path in sys_path if path not in sys.path]
+        from zoo.executors import stream
 
-            yield from stream(*pickle.loads(payload))
+        yield from stream(*pickle.loads(payload))
 
-        return ray.remote(
-            num_cpus=self.setting.threads,
-            num_gpus=self._gpu_share,
-            num_returns="streaming",
-            max_calls=TRIALS_PER_WORKER,
-            max_retries=0,
-        )(run_trial)
+    return ray.remote(
+        num_cpus=threads,
+        num_gpus=gpu_share,
+        num_returns="streaming",
+        max_calls=TRIALS_PER_WORKER,
+        max_retries=0,
+    )(run_trial)
 
 
 def machine_slots(setting: Setting, workers: int | None = None) -> int:
@@ -274,6 +245,25 @@ def import_ray() -> Any:
             f"Ray cannot be imported ({error}); `pip install 'zoo-mixers[ray]'`, or use --executor inline."
         ) from error
     return ray
+
+
+def start_ray(ray: Any, setting: Setting, workers: int | None = None) -> None:
+    """Join the Ray of RAY_ADDRESS, or start a private one that is as small and quiet as Ray can be."""
+    # Ray's hints about its own set-up are not the user's business; its errors still come through.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**options)
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=machine_slots(setting, workers) * setting.threads,
+        num_gpus=None if setting.device == "cuda" else 0,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        **options,
+    )
 
 
 def stream(job: Job, setting: Setting) -> Iterator[Epoch | Record | None]:
