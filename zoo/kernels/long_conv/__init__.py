@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from zoo.kernels.backend import backend
@@ -40,4 +41,7 @@ def long_conv(
     check_shapes(
         "long_conv", u=(u, "BTD"), kernel=(kernel, "DL"), skip=(skip, "D"), gate=(gate, "BTD"), past=(past, "BPD")
     )
-    return backend(__name__, IMPLS, impl, u.device).long_conv(u, kernel, skip, gate, past)
+    module = backend(__name__, IMPLS, impl, u.device)
+    # Autocast would take products in half precision.
+    with torch.autocast(u.device.type, enabled=False):
+        return module.long_conv(u, kernel, skip, gate, past)

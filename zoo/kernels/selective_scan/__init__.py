@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
@@ -66,4 +67,6 @@ def selective_scan(
             f"selective_scan: initial_state has shape {tuple(initial_state.shape)}; expected (B, D, N) = {expected}."
         )
     module = backend(__name__, IMPLS, impl, x.device)
-    return module.selective_scan(x, dt, A, B, C, D, z, initial_state, return_state)
+    # Autocast would take products in half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        return module.selective_scan(x, dt, A, B, C, D, z, initial_state, return_state)

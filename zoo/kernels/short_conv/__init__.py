@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
@@ -58,4 +59,6 @@ def short_conv(
     if activation not in (None, "silu"):
         raise UnsupportedError(f"short_conv: activation {activation!r} is not supported; use None or 'silu'.")
     module = backend(__name__, IMPLS, impl, x.device)
-    return module.short_conv(x, weight, bias, activation, initial_state, return_state)
+    # Autocast would take products in half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        return module.short_conv(x, weight, bias, activation, initial_state, return_state)
