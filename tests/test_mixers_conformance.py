@@ -12,6 +12,7 @@ OPTIONS: dict[str, list[dict]] = {
     "attention": [{"num_heads": 4, "num_kv_heads": 2, "rotary": True}],
     "based": [{"feature_dim": 5, "num_heads": 2}],
     "gated_conv": [{"conv_width": 1}],
+    "gla": [{"num_heads": 2, "expand_k": 1.0, "gate_rank": 3}],
     "h3": [{"d_state": 4, "head_dim": 4}],
     "hyena": [{"conv_width": 1, "filter_width": 8, "filter_bands": 2}],
     "linear_attention": [
@@ -21,7 +22,10 @@ OPTIONS: dict[str, list[dict]] = {
     ],
     "mamba": [{"d_state": 3, "expand": 1, "dt_rank": 2, "conv_width": 2}],
     "mamba2": [{"d_state": 8, "head_dim": 16, "num_groups": 2, "conv_width": 1}],
+    "mingru": [{"expand": 2}],
+    "retnet": [{"num_heads": 2, "expand_v": 1}],
     "rwkv6": [{"head_dim": 16, "mix_rank": 4, "decay_rank": 4}],
+    "s4d": [{"d_state": 2}],
     "sliding_window": [{"window": 16, "num_heads": 2, "rotary": True}],
 }
 BUILT_IN = [name for name in mixers.names() if mixers.is_builtin(name)]
