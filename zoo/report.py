@@ -170,7 +170,7 @@ def _settings(members: list[Record]) -> _Html:
     names = list(dict.fromkeys(name for settings in flat for name in settings))
     rows = []
     for name in names:
-        values = list(dict.fromkeys(str(settings[name]) for settings in flat if name in settings))
+        values = list(map(str, _distinct(settings[name] for settings in flat if name in settings)))
         rows.append([name, ", ".join(values[:12]) + (", ..." if len(values) > 12 else "")])
     grid = yaml.safe_dump(reproducing_grid(members), sort_keys=False, default_flow_style=None, width=110)
     how = (
@@ -198,11 +198,8 @@ def reproducing_grid(records: Sequence[Record]) -> dict[str, Any]:
 
 def _variants(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Trials that differ in optimiser and seed, as one variant with axes where they are a full grid, else one each."""
-    axes: dict[str, list[Any]] = {}
     flat = [{f"optimizer.{k}": v for k, v in t.get("optimizer", {}).items()} | {"seed": t.get("seed")} for t in trials]
-    for name in flat[0]:
-        values = [settings[name] for settings in flat]
-        axes[name] = [value for i, value in enumerate(values) if value not in values[:i]]
+    axes = {name: _distinct(settings[name] for settings in flat) for name in flat[0]}
     varying = {name: values for name, values in axes.items() if len(values) > 1}
     points = {repr(settings) for settings in flat}
     # A list among the values would be read as an axis of its own.
@@ -216,6 +213,12 @@ def _variants(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if "seed" in variant:
         variant["seed"] = varying.get("seed", variant["seed"])
     return [variant]
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    """Each value once; numbers in order."""
+    found = list({repr(value): value for value in values}.values())
+    return sorted(found) if all(isinstance(value, int | float) for value in found) else found
 
 
 def _troubles(records: list[Record]) -> _Html:
