@@ -228,9 +228,7 @@ class Interrupting(zoo.progress.Silent):
 
 
 def interrupt(monkeypatch):
-    monkeypatch.setattr(
-        "zoo.sweep.make_progress", lambda name, costs, epochs, enabled: Interrupting(name, costs, epochs)
-    )
+    monkeypatch.setattr("zoo.sweep.make_progress", lambda name, jobs, enabled: Interrupting(name, jobs))
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path, monkeypatch):

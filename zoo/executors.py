@@ -36,17 +36,21 @@ TRIALS_PER_WORKER = 50
 
 @dataclass(frozen=True)
 class Job:
-    """One trial to run, as plain data: a worker can read it before it knows the plugins."""
+    """One trial to run, as plain data: a worker can read it before it knows the plugins.
+
+    cost: what it takes relative to the others.
+    """
 
     key: str
     label: str
     trial: dict[str, Any]
     versions: dict[str, str]
+    cost: float = 1.0
     attempt: int = 1
 
     @classmethod
-    def of(cls, trial: Trial) -> Job:
-        return cls(trial.key, trial.label, trial.model_dump(mode="json"), trial.versions)
+    def of(cls, trial: Trial, cost: float = 1.0) -> Job:
+        return cls(trial.key, trial.label, trial.model_dump(mode="json"), trial.versions, cost)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from zoo.executors import Job
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 class Silent:
     """No output; also the base of the displays, which keep count here."""
 
-    def __init__(self, name: str, costs: Mapping[str, float], epochs: Mapping[str, int]) -> None:
-        """costs, epochs: by key, of every trial that will run. Costs only weigh the trials for the time left."""
+    def __init__(self, name: str, jobs: Sequence[Job]) -> None:
         self.name = name
-        self.costs = costs
-        self.epochs = epochs
+        self.total = len(jobs)
+        self.cost = sum(job.cost for job in jobs)
+        self.width = max(len(job.label) for job in jobs)
         self.running: dict[str, tuple[Job, float, Epoch | None]] = {}
         self.count = {"ok": 0, "diverged": 0, "failed": 0}
         self.cost_done = 0.0
         self.begin = time.monotonic()
+        self.first: float | None = None
 
     def __enter__(self) -> Silent:
         return self
@@ -37,6 +38,7 @@ class Silent:
         return None
 
     def started(self, job: Job) -> None:
+        self.first = self.first or time.monotonic()
         self.running[job.key] = (job, time.monotonic(), None)
 
     def epoch(self, job: Job, epoch: Epoch) -> None:
@@ -45,26 +47,30 @@ class Silent:
     def finished(self, job: Job, record: Record) -> None:
         self.running.pop(job.key, None)
         self.count[record.status] += 1
-        self.cost_done += self.costs[job.key]
+        self.cost_done += job.cost
 
     def lost(self, job: Job, reason: str) -> None:
         self.running.pop(job.key, None)
 
     @property
-    def total(self) -> int:
-        return len(self.costs)
-
-    @property
     def done(self) -> int:
         return sum(self.count.values())
 
-    def seconds_left(self) -> float | None:
-        """From the cost done so far, running trials by their epochs; None while nothing is."""
+    def fraction(self) -> float:
+        """The share of the sweep's cost that is done, running trials by their epochs."""
         # A copy, because a display asks from a thread of its own.
-        epochs = {key: epoch.epoch + 1 for key, (_, _, epoch) in dict(self.running).items() if epoch is not None}
-        done = self.cost_done + sum(self.costs[key] * n / self.epochs[key] for key, n in epochs.items())
-        elapsed = time.monotonic() - self.begin
-        return elapsed * (sum(self.costs.values()) - done) / done if done else None
+        parts = [(job, epoch) for job, _, epoch in dict(self.running).values() if epoch is not None]
+        partly = sum(job.cost * (epoch.epoch + 1) / _epochs(job) for job, epoch in parts)
+        return (self.cost_done + partly) / self.cost
+
+    def seconds_left(self) -> float | None:
+        """None while nothing is done."""
+        done = self.fraction()
+        return (time.monotonic() - self.first) * (1 - done) / done if done and self.first else None
+
+
+def _epochs(job: Job) -> int:
+    return job.trial["training"]["epochs"]
 
 
 class Lines(Silent):
@@ -72,11 +78,13 @@ class Lines(Silent):
 
     def finished(self, job: Job, record: Record) -> None:
         super().finished(job, record)
-        print(f"{self._position()} {job.label:<44} {result_text(record)}", file=sys.stderr, flush=True)
+        print(f"{self._position()} {job.label:<{self.width}} {result_text(record)}", file=sys.stderr, flush=True)
 
     def lost(self, job: Job, reason: str) -> None:
         super().lost(job, reason)
-        print(f"{' ' * len(self._position())} {job.label:<44} {lost_text(reason)}", file=sys.stderr, flush=True)
+        print(
+            f"{' ' * len(self._position())} {job.label:<{self.width}} {lost_text(reason)}", file=sys.stderr, flush=True
+        )
 
     def _position(self) -> str:
         return f"[{self.done:>{len(str(self.total))}}/{self.total}]"
@@ -112,7 +120,7 @@ class Display(Silent):
     def _print(self, job: Job, text: str, style: str) -> None:
         from rich.text import Text
 
-        self.console.print(Text(f"{job.label:<44} ").append(text, style), soft_wrap=True)
+        self.console.print(Text(f"{job.label:<{self.width}} ").append(text, style), soft_wrap=True)
 
     def _render(self) -> RenderableType:
         from rich.console import Group
@@ -127,7 +135,7 @@ class Display(Silent):
         room = max(1, self.console.height - 4)
         shown = list(self.running.values())
         for job, begin, epoch in shown[:room]:
-            epochs = self.epochs[job.key]
+            epochs = _epochs(job)
             done = 0 if epoch is None else epoch.epoch + 1
             running.add_row(
                 Text(job.label, "cyan"),
@@ -142,24 +150,28 @@ class Display(Silent):
         troubles = [f"{n} {status}" for status, n in self.count.items() if n and status != "ok"]
         whole.add_row(
             Text(self.name, "bold"),
-            ProgressBar(total=self.total, completed=self.done, width=32),
+            ProgressBar(total=1, completed=self.fraction(), width=32),
             f"{self.done} of {self.total} trials",
             *(Text(trouble, self.STYLES[trouble.split()[1]]) for trouble in troubles),
             clock(time.monotonic() - self.begin) + (f", about {clock(left)} left" if left is not None else ""),
         )
-        more = [Text(f"and {len(shown) - room} more", "dim")] if len(shown) > room else []
-        return Group(running, *more, whole)
+        notes = []
+        if len(shown) > room:
+            notes.append(Text(f"and {len(shown) - room} more", "dim"))
+        if self.first is None:
+            notes.append(Text("starting workers ...", "dim"))
+        return Group(running, *notes, whole)
 
 
-def make_progress(name: str, costs: Mapping[str, float], epochs: Mapping[str, int], enabled: bool = True) -> Silent:
+def make_progress(name: str, jobs: Sequence[Job], enabled: bool = True) -> Silent:
     """The display that fits stderr."""
     if not enabled:
-        return Silent(name, costs, epochs)
+        return Silent(name, jobs)
     if not sys.stderr.isatty():
-        return Lines(name, costs, epochs)
+        return Lines(name, jobs)
     from rich.console import Console
 
-    return Display(name, costs, epochs, console=Console(stderr=True, highlight=False))
+    return Display(name, jobs, console=Console(stderr=True, highlight=False))
 
 
 def result_text(record: Record) -> str:

@@ -72,7 +72,7 @@ class Summary:
     def __str__(self) -> str:
         count = {s: sum(r.status == s for r in self.done) for s in ("ok", "diverged", "failed")}
         news = ", ".join(f"{n} {status}" for status, n in count.items() if n) or "nothing to run"
-        lines = [f"{self.name}: {news} in {clock(self.seconds)}; {len(self.earlier)} trials had a record before."]
+        lines = [f"{self.name}: {news} in {clock(self.seconds)}; {len(self.earlier)} had a record before."]
         for record in self.failed:
             lines.append(f"  failed {record.key[:8]}  {self.labels[record.key]}")
             lines += [f"      {line}" for line in (error_text(record) or "").splitlines()[:2]]
@@ -119,15 +119,14 @@ def run_sweep(
     done: dict[str, Record] = {}
     interrupted = False
     with store.lock():
-        pending = _longest_first(p for p in plan if p.will_run)
+        # Long trials first: the last ones to end are then short, and no slot idles for long.
+        jobs = sorted((Job.of(p.trial, p.cost.flops) for p in plan if p.will_run and p.cost), key=lambda j: -j.cost)
         store.write_sweep({"name": sweep.name, "source": sweep.source, "keys": [t.key for t in sweep.trials]})
-        costs = {p.trial.key: p.cost.flops for p in pending if p.cost is not None}
-        epochs = {p.trial.key: p.trial.training.epochs for p in pending}
         try:
-            if pending:
-                run = _choose(executor, setting, workers, len(pending))
-                with make_progress(sweep.name, costs, epochs, progress) as display:
-                    run.run([Job.of(p.trial) for p in pending], _Recorder(store, display, done))
+            if jobs:
+                run = _choose(executor, setting, workers, len(jobs))
+                with make_progress(sweep.name, jobs, progress) as display:
+                    run.run(jobs, _Recorder(store, display, done))
         except KeyboardInterrupt:
             interrupted = True
     return Summary(
@@ -135,7 +134,7 @@ def run_sweep(
         Path(run_dir),
         tuple(done.values()),
         earlier,
-        len(pending) - len(done),
+        len(jobs) - len(done),
         time.monotonic() - begin,
         {trial.key: trial.label for trial in sweep.trials},
         interrupted,
@@ -231,11 +230,6 @@ class _Recorder:
         self.store.write(record)
         self.done[job.key] = record
         self.display.finished(job, record)
-
-
-def _longest_first(plan: Iterable[PlannedTrial]) -> list[PlannedTrial]:
-    # The last trials to end are then short ones, and no slot idles for long.
-    return sorted(plan, key=lambda p: -p.cost.flops if p.cost is not None else 0.0)
 
 
 def _choose(executor: str, setting: Setting, workers: int | None, trials: int) -> InlineExecutor | RayExecutor:
