@@ -9,6 +9,7 @@ import torch
 
 from zoo.errors import UnsupportedError
 from zoo.kernels.linear_recurrence import chunked, linear_recurrence
+from zoo.state import named_tensors
 from zoo.testing.ops import check_op
 from zoo.testing.tolerances import TOLERANCES, relative_error
 
@@ -110,6 +111,15 @@ def test_dtypes(impl):
     assert (o.dtype, S.dtype) == (torch.bfloat16, torch.float32)
     assert relative_error(S, S_exact).max() < 1e-4
     assert relative_error(o, exact).max() < 0.05
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_autocast_does_not_reach_inside(impl):
+    a = arguments(70, dtype=torch.float32)
+    expected = dict(named_tensors(linear_recurrence(**a, impl=impl)))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = dict(named_tensors(linear_recurrence(**a, impl=impl)))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def test_vmap_over_a_pack_of_models():

@@ -10,6 +10,7 @@ import torch
 from zoo.errors import UnsupportedError
 from zoo.kernels.taylor_attention import TaylorState, taylor_attention
 from zoo.kernels.taylor_attention.features import num_features, taylor_features
+from zoo.state import named_tensors
 from zoo.testing.ops import check_op
 from zoo.testing.tolerances import TOLERANCES, relative_error
 
@@ -104,6 +105,15 @@ def test_dtypes(impl):
     assert (o.dtype, state.S.dtype, state.z.dtype) == (torch.bfloat16, torch.float32, torch.float32)
     assert relative_error(state.S, exact_state.S).max() < 1e-4
     assert relative_error(o, exact).max() < 0.05
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_autocast_does_not_reach_inside(impl):
+    a = arguments(70, dtype=torch.float32)
+    expected = dict(named_tensors(taylor_attention(**a, impl=impl)))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = dict(named_tensors(taylor_attention(**a, impl=impl)))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("T", [20, 130])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
@@ -63,5 +64,7 @@ def linear_recurrence(
     )
     if 0 in sizes.values():
         raise UnsupportedError(f"{op}: q is {tuple(q.shape)} and v {tuple(v.shape)}; no axis may be empty.")
-    module = backend(__name__, IMPLS, impl, q.device)
-    return module.linear_recurrence(q, k, v, decay, bonus=bonus, initial_state=initial_state, return_state=return_state)
+    run = backend(__name__, IMPLS, impl, q.device).linear_recurrence
+    # Autocast would take the products in half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        return run(q, k, v, decay, bonus=bonus, initial_state=initial_state, return_state=return_state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
@@ -11,7 +12,7 @@ from zoo.kernels.backend import backend
 from zoo.kernels.shapes import check_shapes
 from zoo.kernels.taylor_attention.features import num_features
 
-IMPLS = ("reference", "chunked")
+IMPLS = ("reference", "chunked", "triton")
 
 
 class TaylorState(NamedTuple):
@@ -64,6 +65,8 @@ def taylor_attention(
         raise UnsupportedError(
             f"{op}: initial_state has {sizes['F']} features; K={sizes['K']} makes {num_features(sizes['K'])}."
         )
-    module = backend(__name__, IMPLS, impl, q.device)
-    o, state = module.taylor_attention(q, k, v, initial_state=initial_state, return_state=return_state, eps=eps)
+    run = backend(__name__, IMPLS, impl, q.device).taylor_attention
+    # Autocast would take the products in half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        o, state = run(q, k, v, initial_state=initial_state, return_state=return_state, eps=eps)
     return o, TaylorState(*state) if return_state else None
