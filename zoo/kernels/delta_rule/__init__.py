@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from zoo.errors import UnsupportedError
 from zoo.kernels.backend import backend
 from zoo.kernels.shapes import check_shapes
 
@@ -17,6 +19,7 @@ def delta_rule(
     beta: Tensor,
     decay: Tensor | None = None,
     *,
+    min_decay: float | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = True,
     impl: str | None = None,
@@ -34,6 +37,8 @@ def delta_rule(
         beta: (B, T, H).
         decay: g, the *logarithm* of what is kept, <= 0 (not checked; -inf is not supported). None for g = 0;
             (B, T, H) per step; (B, T, H, K) per step and channel.
+        min_decay: a bound that the caller knows, g >= min_decay everywhere (not checked: a g far below overflows). With
+            it a backend may exponentiate sums of -g, which spares work where g is per channel.
         initial_state: S_0 (B, H, K, V); None for zeros.
         return_state: False where S_T is not needed, which spares its computation; S is then None.
         impl: "reference", "chunked", or None to choose by device.
@@ -47,7 +52,7 @@ def delta_rule(
     References:
         DeltaNet: arXiv 2406.06484, eq. 4. Gated DeltaNet: 2412.06464, eq. 10. Per channel: 2510.26692, eq. 1.
     """
-    check_shapes(
+    sizes = check_shapes(
         "delta_rule",
         q=(q, "BTHK"),
         k=(k, "BTHK"),
@@ -56,8 +61,11 @@ def delta_rule(
         decay=(decay, _decay_letters(decay)),
         initial_state=(initial_state, "BHKV"),
     )
-    module = backend(__name__, IMPLS, impl, v.device)
-    return module.delta_rule(q, k, v, beta, decay, initial_state=initial_state, return_state=return_state)
+    _check("delta_rule", sizes["T"], min_decay)
+    run = backend(__name__, IMPLS, impl, v.device).delta_rule
+    # Autocast would take the products in half precision.
+    with torch.autocast(v.device.type, enabled=False):
+        return run(q, k, v, beta, decay, min_decay=min_decay, initial_state=initial_state, return_state=return_state)
 
 
 def generalized_delta_rule(
@@ -68,6 +76,7 @@ def generalized_delta_rule(
     b: Tensor,
     decay: Tensor | None = None,
     *,
+    min_decay: float | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = True,
     impl: str | None = None,
@@ -83,7 +92,7 @@ def generalized_delta_rule(
     Args:
         q, k, a, b: (B, T, H, K), T >= 1.
         v: (B, T, H, V).
-        decay, initial_state, return_state, impl: as in `delta_rule`.
+        decay, min_decay, initial_state, return_state, impl: as in `delta_rule`.
 
     Returns:
         o (B, T, H, V) in v's dtype, and S_T (B, H, K, V) in fp32 (fp64 for fp64 v).
@@ -94,7 +103,7 @@ def generalized_delta_rule(
     References:
         RWKV-7: arXiv 2503.14456, eq. 17 to 19. The general form: 2406.06484, section 6.
     """
-    check_shapes(
+    sizes = check_shapes(
         "generalized_delta_rule",
         q=(q, "BTHK"),
         k=(k, "BTHK"),
@@ -104,9 +113,18 @@ def generalized_delta_rule(
         decay=(decay, _decay_letters(decay)),
         initial_state=(initial_state, "BHKV"),
     )
-    module = backend(__name__, IMPLS, impl, v.device)
-    return module.generalized_delta_rule(q, k, v, a, b, decay, initial_state=initial_state, return_state=return_state)
+    _check("generalized_delta_rule", sizes["T"], min_decay)
+    run = backend(__name__, IMPLS, impl, v.device).generalized_delta_rule
+    with torch.autocast(v.device.type, enabled=False):
+        return run(q, k, v, a, b, decay, min_decay=min_decay, initial_state=initial_state, return_state=return_state)
 
 
 def _decay_letters(decay: Tensor | None) -> str:
     return "BTH" if decay is not None and decay.dim() == 3 else "BTHK"
+
+
+def _check(op: str, T: int, min_decay: float | None) -> None:
+    if T == 0:
+        raise UnsupportedError(f"{op}: T is 0; give at least one step.")
+    if min_decay is not None and min_decay > 0:
+        raise UnsupportedError(f"{op}: min_decay {min_decay} is above 0; give the logarithm of a decay, or None.")

@@ -15,6 +15,7 @@ def delta_rule(
     beta: Tensor,
     decay: Tensor | None = None,
     *,
+    min_decay: float | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -40,6 +41,7 @@ def generalized_delta_rule(
     b: Tensor,
     decay: Tensor | None = None,
     *,
+    min_decay: float | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
