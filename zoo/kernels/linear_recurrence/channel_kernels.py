@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.kernels.linear_recurrence.tiles import LOG2E, load_rows, store_rows
+from zoo.kernels.tiles import LOG2E, load_rows, store_rows
 
 # What a scan does about dg: see scalar_kernels.
 NOTHING = tl.constexpr(0)

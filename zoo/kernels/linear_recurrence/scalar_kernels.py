@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.kernels.linear_recurrence.tiles import LOG2E, load_rows, store_rows
+from zoo.kernels.tiles import LOG2E, load_rows, store_rows
 
 NO_DECAY = tl.constexpr(0)
 PER_HEAD = tl.constexpr(1)

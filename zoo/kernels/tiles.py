@@ -1,4 +1,4 @@
-"""Tiles of rows, for the kernels of this op."""
+"""Tiles of rows: what kernels load and store."""
 
 from __future__ import annotations
 
