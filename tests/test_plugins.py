@@ -199,10 +199,8 @@ print(json.dumps({
 
 
 def test_the_example_packages_own_tests_pass(installed):
-    tests = EXPERIMENTS / "plugin_example" / "tests"
-    report = python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tests), str(tests), path=[installed]
-    )
+    tests = str(installed.parent / "source" / "tests")
+    report = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tests, tests, path=[installed])
     assert " passed" in report
     assert "failed" not in report
 
