@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from zoo.errors import ConfigError, did_you_mean
 from zoo.grid import apply_override, expand, merge, read_yaml
 from zoo.mixers import MixerConfig, mixers
+from zoo.record import family_name
 from zoo.tasks import Task, tasks
 
 ENGINE_VERSION = 1
@@ -74,9 +75,8 @@ class ModelConfig(_Config):
 
     @property
     def family(self) -> str:
-        """The mixers of the pattern other than the gated convolution, joined by `+`: what a figure calls the model."""
-        names = list(dict.fromkeys(layer.mixer.rpartition(":")[2] for layer in self.layers))
-        return "+".join([name for name in names if name != "gated_conv"] or names)
+        """What a figure calls the model."""
+        return family_name(layer.mixer for layer in self.layers)
 
 
 class DataEntry(_Config):

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from zoo.errors import ConfigError, PluginError, RecordError, UnknownNameError, did_you_mean
 from zoo.record import Record
-from zoo.results import error_text, family, labels, longest_state
+from zoo.results import error_text, labels, longest_state, model_family
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -185,7 +185,7 @@ def _row(members: list[Record], label: str, slice_name: str | None, length: int 
     rates = sorted({_optimizer(record, "lr") for record in members})
     agreements = [r.outcome.agreement.same_answers for r in chosen if r.outcome and r.outcome.agreement]
     return {
-        "family": family(members[0].trial["model"]),
+        "family": model_family(members[0]),
         "label": label,
         "status": status,
         **_state(chosen or bad, length),

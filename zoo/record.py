@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -129,3 +130,9 @@ class Record(_Part):
     outcome: Outcome | None
     failure: Failure | None
     provenance: Provenance
+
+
+def family_name(mixers: Iterable[str]) -> str:
+    """A model's family: the mixers of its layers other than the gated convolution, joined by `+`; a plugin's class."""
+    names = list(dict.fromkeys(mixer.rpartition(":")[2] for mixer in mixers))
+    return "+".join([name for name in names if name != "gated_conv"] or names)

@@ -12,7 +12,7 @@ from zoo.errors import ConfigError
 from zoo.frontier import SAME_ANSWERS, frontier_table, hypervolumes, information_limit, slice_names, split_by_data
 from zoo.plot import figure, format_bytes, style, to_svg
 from zoo.record import Record
-from zoo.results import error_text, family, flatten, labels, longest_state
+from zoo.results import error_text, flatten, labels, longest_state, model_family
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +44,7 @@ def write_report(records: Iterable[Record], path: str | Path, title: str = "Reca
 def _summary(records: list[Record]) -> _Html:
     count = {status: sum(record.status == status for record in records) for status in ("ok", "diverged", "failed")}
     bad = ", ".join(f"{count[status]} {status}" for status in ("diverged", "failed") if count[status])
-    families = {family(record.trial["model"]) for record in records}
+    families = {model_family(record) for record in records}
     hours = sum(record.provenance.seconds for record in records) / 3600
     days = sorted(record.provenance.started[:10] for record in records)
     when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
@@ -234,7 +234,7 @@ def _troubles(records: list[Record]) -> _Html:
             [
                 _Html(f'<code title="{_escape(record.key)}">{_escape(record.key[:10])}</code>'),
                 record.status,
-                _chip(family(record.trial["model"])),
+                _chip(model_family(record)),
                 label,
                 f"{record.trial['optimizer']['lr']:.2g}",
                 str(record.trial["seed"]),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from zoo.errors import ConfigError, RecordError, UnsupportedError, did_you_mean
-from zoo.record import SCHEMA, MeasuredState, Record
+from zoo.record import SCHEMA, MeasuredState, Record, family_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -218,12 +218,6 @@ def _rank(record: Record) -> tuple[bool, str]:
     return record.status == "ok", record.provenance.started
 
 
-def family(model: dict[str, Any]) -> str:
-    """The mixers of a model's layers other than the gated convolution, joined by `+`; a plugin's by its class name."""
-    names = list(dict.fromkeys(layer["mixer"].rpartition(":")[2] for layer in model["layers"]))
-    return "+".join([name for name in names if name != "gated_conv"] or names)
-
-
 # The letters that papers and figures use; any other field is written out.
 SYMBOLS = {
     "d_model": "d",
@@ -234,6 +228,11 @@ SYMBOLS = {
     "num_heads": "h",
     "depth": "L",
 }
+
+
+def model_family(record: Record) -> str:
+    """What a figure calls the record's model."""
+    return family_name(layer["mixer"] for layer in record.trial["model"]["layers"])
 
 
 def features(record: Record) -> dict[str, Any]:
@@ -260,7 +259,7 @@ def labels(records: Iterable[Record]) -> list[str]:
         identity = json.dumps([record.trial["model"], record.trial["training"], record.versions])
         if identity not in known:
             known[identity] = features(record)
-        described.append((family(record.trial["model"]), known[identity]))
+        described.append((model_family(record), known[identity]))
     families: dict[str, list[dict[str, Any]]] = {}
     for name, found in described:
         families.setdefault(name, []).append(found)
@@ -348,7 +347,7 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
         row: dict[str, Any] = {
             "key": record.key,
             "status": record.status,
-            "family": family(record.trial["model"]),
+            "family": model_family(record),
             "label": label,
             **{short: flat.get(name) for name, short in _PLAIN.items()},
             **{name: _plain(flat.get(name)) for name in varying},

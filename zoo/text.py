@@ -64,7 +64,7 @@ def epoch_text(epoch: Epoch) -> str:
 
 def trials_text(records: Sequence[Record]) -> str:
     """One line a trial."""
-    from zoo.results import error_text, family, labels, longest_state
+    from zoo.results import error_text, labels, longest_state, model_family
 
     rows = [["key", "status", "model", "settings", "lr", "seed", "validation", "test", "state B", "seconds", ""]]
     for record, label in zip(records, labels(records), strict=True):
@@ -74,7 +74,7 @@ def trials_text(records: Sequence[Record]) -> str:
             [
                 record.key[:8],
                 record.status,
-                family(record.trial["model"]),
+                model_family(record),
                 label,
                 f"{record.trial['optimizer']['lr']:.3g}",
                 str(record.trial["seed"]),
@@ -128,7 +128,6 @@ def record_text(record: Record) -> str:
     """Everything that one trial left."""
     import yaml
 
-    about = record.provenance
     lines = [f"{record.key}  {record.status}", ""]
     if record.failure is not None:
         lines += [f"{record.failure.error}: {record.failure.message}", "", record.failure.traceback.rstrip(), ""]
@@ -136,7 +135,8 @@ def record_text(record: Record) -> str:
         lines += [*_outcome_lines(record.outcome), ""]
     lines += ["settings", _indent(yaml.safe_dump(record.trial, sort_keys=False, default_flow_style=None)), ""]
     lines += ["versions", *(f"  {name}: {version}" for name, version in record.versions.items()), ""]
-    lines += ["run", *(f"  {name}: {value}" for name, value in about.model_dump().items())]
+    about = record.provenance.model_dump() | {"seconds": f"{record.provenance.seconds:.1f}"}
+    lines += ["run", *(f"  {name}: {value}" for name, value in about.items())]
     return "\n".join(lines)
 
 
