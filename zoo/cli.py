@@ -60,7 +60,8 @@ class _Zoo(click.Group):
 @click.group(cls=_Zoo, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, package_name="zoo-mixers", prog_name="zoo")
 @debug_option
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """How much can a sequence mixer recall, for how much recurrent state?"""
     # A console script does not have the current folder on its path: module:Class there must be found.
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -74,6 +75,7 @@ def main() -> None:
             show(message, category, *args, **kwargs)
 
     warnings.showwarning = show_warning
+    ctx.call_on_close(lambda: setattr(warnings, "showwarning", show))
 
 
 plugin_option = click.option(
