@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -349,9 +350,9 @@ def check(ctx: click.Context, targets: tuple[str, ...], every: bool, plugins: tu
     from zoo.testing import render
 
     load_plugins(plugins)
-    # A target has no = before its class; an option of it does.
-    options = read_options([t for t in targets if "=" in t.rpartition(":")[2]])
-    names = [t for t in targets if "=" not in t.rpartition(":")[2]]
+    assignments = [target for target in targets if re.match(r"[\w.]+=", target)]
+    options = read_options(assignments)
+    names = [target for target in targets if target not in assignments]
     if every:
         names += [name for name in (*mixers, *tasks) if name not in names]
     if not names:
