@@ -1,4 +1,7 @@
-"""A sound task, and tasks that each break one part of the contract: what the conformance checks must find."""
+"""A sound task, and tasks that each break one part of the contract: what the conformance checks must find.
+
+torch is imported where it is used: other interpreters load this module, and torch takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import random
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from pydantic import ConfigDict, Field, PrivateAttr, model_serializer
 
 from zoo.tasks import Batch, Task
@@ -60,6 +62,8 @@ class NarrowTokens(Edited):
 
 class TorchAnswers(Sound):
     def sample(self, n, seed, split, start=0):
+        import torch
+
         batch = super().sample(n, seed, split, start)
         return Batch(batch.tokens, batch.positions, torch.from_numpy(batch.answers), batch.context_len)
 
@@ -163,6 +167,8 @@ class DrawsFromNumpy(Edited):
 
 class DrawsFromTorch(Edited):
     def edit(self, fields):
+        import torch
+
         torch.rand(1)
 
 

@@ -205,6 +205,15 @@ def test_a_plugin_file_is_checked_in_another_process_too(tmp_path):
     assert [c for c in check_task(f"{file}:LastToken") if not c.passed] == []
 
 
+def test_the_documented_example_passes(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "add_a_task.md").read_text()
+    file = tmp_path / "documented.py"
+    file.write_text(text.split("```python\n")[1].split("```")[0])
+    assert [c for c in check_task(f"{file}:LastToken", {"back": 2}) if not c.passed] == []
+    with pytest.raises(ConfigError, match=r"back 20 is not in \[0, 16\)"):
+        check_task(f"{file}:LastToken", {"back": 20})
+
+
 def test_the_pytest_class_in_a_repository_of_its_own(tmp_path):
     """A plugin's repository: its module, a few lines of test, pytest. A broken task fails by name."""
     (tmp_path / "theirs.py").write_text(PLUGIN.replace("BUG", "+ 500"))

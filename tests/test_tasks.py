@@ -195,11 +195,18 @@ def test_bytes_are_the_same_everywhere(task, digest):
 def test_any_stretch_of_a_stream_is_the_same():
     task = MQAR()
     whole = task.sample(3 * BLOCK, 0, "train")
+    assert len(np.unique(whole.tokens, axis=0)) == 3 * BLOCK
     for start, n in ((0, 0), (2 * BLOCK, 0), (BLOCK - 1, 2), (BLOCK, BLOCK), (5, 2 * BLOCK), (3 * BLOCK - 1, 1)):
         part = task.sample(n, 0, "train", start)
         for name in ("tokens", "positions", "answers"):
             assert np.array_equal(getattr(part, name), getattr(whole, name)[start : start + n])
             assert getattr(part, name).dtype == np.int64
+
+
+def test_streams_share_no_example():
+    streams = [(0, "train"), (0, "validation"), (0, "test"), (1, "train"), (1, "test")]
+    rows = np.concatenate([MQAR().sample(1000, seed, split).tokens for seed, split in streams])
+    assert len(np.unique(rows, axis=0)) == len(rows)
 
 
 BAD_MQAR = [
