@@ -128,6 +128,7 @@ def test_bfloat16_is_summed_in_fp32(form):
         ({"skip": torch.zeros(5, 1)}, "skip has shape"),
         ({"gate": torch.zeros(2, 16, 5)}, r"gate has shape \(2, 16, 5\); expected \(B=2, T=17, D=5\)"),
         ({"past": torch.zeros(3, 4, 5)}, r"past has shape \(3, 4, 5\); expected \(B=2, P, D=5\)"),
+        ({"kernel": torch.zeros(5, 0)}, "no axis may be empty"),
         ({"impl": "conv"}, "no backend 'conv'"),
     ],
 )

@@ -165,6 +165,7 @@ def test_bfloat16_is_summed_in_fp32():
         ({"A": torch.ones(4, 3)}, "A has shape"),
         ({"z": torch.ones(2, 16, 5)}, "z has shape"),
         ({"initial_state": torch.ones(2, 3, 5)}, r"initial_state has shape \(2, 3, 5\); expected \(B, D, N\)"),
+        ({"A": torch.ones(5, 0)}, "no axis may be empty"),
         ({"impl": "mystery"}, "no backend 'mystery'"),
     ],
 )

@@ -125,6 +125,7 @@ def test_vmap_over_a_pack_of_models():
         ({"x": torch.zeros(2, 5)}, "x has shape"),
         ({"initial_state": torch.zeros(2, 4, 5)}, r"expected \(B, W-1, D\) = \(2, 3, 5\)"),
         ({"activation": "gelu"}, "'gelu'"),
+        ({"x": torch.zeros(2, 0, 5)}, "no axis may be empty"),
         ({"impl": "cuda"}, "no backend 'cuda'"),
     ],
 )

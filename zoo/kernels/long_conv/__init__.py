@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.errors import UnsupportedError
 from zoo.kernels.backend import backend
 from zoo.kernels.shapes import check_shapes
 
@@ -38,9 +39,12 @@ def long_conv(
 
     Source: Hyena (arXiv 2302.10866), definition 3.1; S4's convolution form (arXiv 2111.00396), equation 5.
     """
-    check_shapes(
-        "long_conv", u=(u, "BTD"), kernel=(kernel, "DL"), skip=(skip, "D"), gate=(gate, "BTD"), past=(past, "BPD")
-    )
+    sizes = check_shapes("long_conv", u=(u, "BTD"), kernel=(kernel, "DL"), skip=(skip, "D"), gate=(gate, "BTD"))
+    if 0 in sizes.values():
+        raise UnsupportedError(
+            f"long_conv: u is {tuple(u.shape)} and kernel {tuple(kernel.shape)}; no axis may be empty."
+        )
+    check_shapes("long_conv", u=(u, "BTD"), past=(past, "BPD"))
     module = backend(__name__, IMPLS, impl, u.device)
     # Autocast would take products in half precision.
     with torch.autocast(u.device.type, enabled=False):

@@ -50,7 +50,9 @@ def selective_scan(
     Euler for B).
     """
     sizes = check_shapes("selective_scan", x=(x, "BTD"), A=(A, "DN"), D=(D, "D"), z=(z, "BTD"))
-    shape = (*(sizes[axis] for axis in "BTD"),)
+    if 0 in sizes.values():
+        raise UnsupportedError(f"selective_scan: x is {tuple(x.shape)} and A {tuple(A.shape)}; no axis may be empty.")
+    shape = tuple(sizes[axis] for axis in "BTD")
     if tuple(dt.shape) not in (shape, shape[2:]):
         raise UnsupportedError(
             f"selective_scan: dt has shape {tuple(dt.shape)}; expected (B, T, D) = {shape} or (D,) = {shape[2:]}."

@@ -50,6 +50,8 @@ def short_conv(
         raise UnsupportedError(
             f"short_conv: a width of {sizes['W']} taps is not supported, 1 to {MAX_WIDTH} are; use long_conv for more."
         )
+    if 0 in sizes.values():
+        raise UnsupportedError(f"short_conv: x is {tuple(x.shape)}; no axis may be empty.")
     if initial_state is not None:
         expected = (sizes["B"], sizes["W"] - 1, sizes["D"])
         if tuple(initial_state.shape) != expected:
