@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from zoo.errors import ConfigError, PluginError, UnknownNameError
+from zoo.tasks import tasks
 from zoo.tasks.mqar import MQAR
 from zoo.tasks.set_disjointness import SetDisjointness
 from zoo.testing import TaskConformance, check_task
@@ -199,19 +200,21 @@ def environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
-def test_a_plugin_file_is_checked_in_another_process_too(tmp_path):
+def test_a_plugin_file_is_checked_in_another_process_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "_registered", {})
     file = tmp_path / "theirs.py"
     file.write_text(PLUGIN.replace("BUG", ""))
     assert [c for c in check_task(f"{file}:LastToken") if not c.passed] == []
 
 
-def test_the_documented_example_passes(tmp_path):
+def test_the_documented_example_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "_registered", {})
     text = (Path(__file__).parent.parent / "docs" / "add_a_task.md").read_text()
     file = tmp_path / "documented.py"
     file.write_text(text.split("```python\n")[1].split("```")[0])
-    assert [c for c in check_task(f"{file}:LastToken", {"back": 2}) if not c.passed] == []
+    assert [c for c in check_task(f"{file}:LookBack", {"back": 2}) if not c.passed] == []
     with pytest.raises(ConfigError, match=r"back 20 is not in \[0, 16\)"):
-        check_task(f"{file}:LastToken", {"back": 20})
+        check_task(f"{file}:LookBack", {"back": 20})
 
 
 def test_the_pytest_class_in_a_repository_of_its_own(tmp_path):
