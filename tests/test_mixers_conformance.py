@@ -11,7 +11,9 @@ from zoo.testing import check_mixer, render
 OPTIONS: dict[str, list[dict]] = {
     "attention": [{"num_heads": 4, "num_kv_heads": 2, "rotary": True}],
     "based": [{"feature_dim": 5, "num_heads": 2}],
+    "delta_net": [{"num_heads": 4, "expand_k": 0.5, "conv_width": 1, "allow_neg_eigval": True}],
     "gated_conv": [{"conv_width": 1}],
+    "gated_delta_net": [{"num_heads": 4, "expand_v": 1.0, "gate": False}],
     "gla": [{"num_heads": 2, "expand_k": 1.0, "gate_rank": 3}],
     "h3": [{"d_state": 4, "head_dim": 4}],
     "hyena": [{"conv_width": 1, "filter_width": 8, "filter_bands": 2}],
@@ -25,6 +27,7 @@ OPTIONS: dict[str, list[dict]] = {
     "mingru": [{"expand": 2}],
     "retnet": [{"num_heads": 2, "expand_v": 1}],
     "rwkv6": [{"head_dim": 16, "mix_rank": 4, "decay_rank": 4}],
+    "rwkv7": [{"head_dim": 16, "decay_rank": 4, "rate_rank": 4, "gate_rank": 4}],
     "s4d": [{"d_state": 2}],
     "sliding_window": [{"window": 16, "num_heads": 2, "rotary": True}],
 }
