@@ -20,7 +20,9 @@ mixers: Registry[Mixer] = Registry(
     builtins={
         "attention": "zoo.mixers.attention:Attention",
         "based": "zoo.mixers.based:Based",
+        "delta_net": "zoo.mixers.delta_net:DeltaNet",
         "gated_conv": "zoo.mixers.gated_conv:GatedConv",
+        "gated_delta_net": "zoo.mixers.gated_delta_net:GatedDeltaNet",
         "gla": "zoo.mixers.gla:GLA",
         "h3": "zoo.mixers.h3:H3",
         "hyena": "zoo.mixers.hyena:Hyena",

@@ -10,7 +10,7 @@ and k_s v_s^T. Sources: arXiv 2406.06484, section 3; 2412.06464, section 3.3 (g 
 channel).
 
 Only sums of g over a stretch are exponentiated, and each is summed by itself: a difference G_t - G_s of two long sums
-would lose a small decay beside large ones. Where the caller bounds g, no chunk's sum is long.
+would lose a small decay beside large ones. Where the caller bounds g, e^{G_t} e^{-G_s} does, and nothing overflows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from zoo.kernels.backend import state_dtype
 
 MAX_CHUNK = 32
-# Factors from e^-LARGEST to e^LARGEST, and their products, are far from overflow in fp32.
+# e^LARGEST is far from overflow in fp32.
 LARGEST = 30.0
 
 
@@ -73,13 +73,12 @@ class _Chunk(NamedTuple):
     """What the decay makes of readers and writers, all (B, H, chunks, C, K), and of the state; None is a factor of 1.
 
     scores: row by column, (B, H, chunks, C, C), each reader's with all writers, 0 where the write is not before it.
-    readers meet enter * S; the next state is total * S + leave * (writers^T w).
+    readers meet the state before the chunk, S; the next one is total * S + leave * (writers^T w).
     """
 
     scores: list[Tensor]
     readers: list[Tensor]
     writers: list[Tensor]
-    enter: Tensor | None
     leave: Tensor | None
     total: Tensor | None
 
@@ -89,20 +88,17 @@ def _decayed(
 ) -> _Chunk:
     """readers stand after the decay and the write of their step, `early` readers before both."""
     if decay is None:
-        return _Chunk(_products(readers, early, writers), readers + early, writers, None, None, None)
+        return _Chunk(_products(readers, early, writers), readers + early, writers, None, None)
     (g,) = _chunks(decay if decay.dim() == 4 else decay[..., None])
-    since = g.cumsum(-2)
-    whole = since[..., -1:, :]
-    total = whole.mT.exp()
     C = g.shape[-2]
-    if min_decay is not None and -min_decay * C / 2 <= LARGEST:
-        # Every sum is split at the chunk's middle: e^{G_t - G_s} = e^{G_t - middle} e^{middle - G_s}.
-        middle = since[..., C // 2 - 1 :, :][..., :1, :]
-        after, before = (since - middle).exp(), (_later(since) - middle).exp()
-        readers, early = [x * after for x in readers], [x * before for x in early]
-        writers = [x * (middle - since).exp() for x in writers]
-        products = _products(readers, early, writers)
-        return _Chunk(products, readers + early, writers, middle.mT.exp(), (whole - middle).mT.exp(), total)
+    since = g.cumsum(-2)
+    total = since[..., -1:, :].mT.exp()
+    after, before = since.exp(), _later(since).exp()
+    decayed = [x * after for x in readers] + [x * before for x in early]
+    if min_decay is not None and -min_decay * C <= LARGEST:
+        growth = (-since).exp()
+        grown = [x * growth for x in writers]
+        return _Chunk(_products(decayed[: len(readers)], decayed[len(readers) :], grown), decayed, grown, total, total)
     # A reader before step t is one after step t - 1.
     rows = readers + [_earlier(x) for x in early]
     if decay.dim() == 4:
@@ -111,11 +107,10 @@ def _decayed(
         # The sum of g over s+1..t at (t, s).
         left = g.expand(*g.shape[:-1], C).tril(-1).cumsum(-2).exp().tril()
         scores = [(r @ c.mT) * left for r in rows for c in writers]
-    first_early = len(readers) * len(writers)
-    scores = scores[:first_early] + [_later(x) for x in scores[first_early:]]
-    readers = [x * since.exp() for x in readers] + [x * _later(since).exp() for x in early]
-    until = _suffix_sum(_earlier(g))
-    return _Chunk(scores, readers, [x * until.exp() for x in writers], None, None, total)
+    late = len(readers) * len(writers)
+    scores = scores[:late] + [_later(x) for x in scores[late:]]
+    until = _suffix_sum(_earlier(g)).exp()
+    return _Chunk(scores, decayed, [x * until for x in writers], None, total)
 
 
 def _products(readers: list[Tensor], early: list[Tensor], writers: list[Tensor]) -> list[Tensor]:
@@ -143,14 +138,13 @@ def _scan(
     chunks = w.shape[2]
     absent: list[Tensor | None] = [None] * chunks
     given = [x.unbind(2) for x in (q, k, w, mix, read, write)]
-    optional = [absent if x is None else x.unbind(2) for x in (values, chunk.enter, chunk.leave, chunk.total)]
+    optional = [absent if x is None else x.unbind(2) for x in (values, chunk.leave, chunk.total)]
     outputs = []
-    for n, (q, k, w, mix, read, write, v, enter, leave, total) in enumerate(zip(*given, *optional, strict=True)):
-        held = None if S is None else _scale(S, enter)
-        w = w if held is None else w - k @ held
+    for n, (q, k, w, mix, read, write, v, leave, total) in enumerate(zip(*given, *optional, strict=True)):
+        w = w if S is None else w - k @ S
         w = torch.linalg.solve_triangular(mix, w, upper=False, unitriangular=True)
         w = w if v is None else torch.cat([w, v], dim=-2)
-        outputs.append(read @ w if held is None else read @ w + q @ held)
+        outputs.append(read @ w if S is None else read @ w + q @ S)
         if return_state or n < chunks - 1:
             written = _scale(write.mT @ w, leave)
             S = written if S is None else written + _scale(S, total)

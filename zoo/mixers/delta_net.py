@@ -1,0 +1,95 @@
+"""DeltaNet: linear attention that first erases what a key held, so that it can overwrite and not only add."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.kernels.backend import state_dtype
+from zoo.kernels.delta_rule import delta_rule
+from zoo.kernels.short_conv import MAX_WIDTH, short_conv
+from zoo.mixers.base import LayerInfo, head_dim
+from zoo.mixers.recurrent import RecurrentMixer
+
+
+class DeltaNetState(NamedTuple):
+    """conv (B, W-1, channels): inputs that the convolution still needs. S (B, H, K, V), fp32 (fp64 for fp64)."""
+
+    conv: Tensor
+    S: Tensor
+
+
+class DeltaNet(RecurrentMixer):
+    """y_t = W_o RMSNorm(S_t^T q_t) w per head (arXiv 2406.06484, eq. 4 and section 3.3).
+
+        S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   beta_t = sigmoid(W_b x_t)
+        q, k, v = silu(conv(W_qkv x));   q and k have length 1, q is then scaled by 1/sqrt(K)
+
+    Projections have no biases and start as N(0, 0.02^2), the convolution as torch's Conv1d, w = 1: as in the published
+    MQAR runs.
+    """
+
+    class Config(RecurrentMixer.Config):
+        num_heads: int = Field(2, ge=1, description="Heads; the published MQAR runs have two.")
+        expand_k: float = Field(1.0, gt=0, description="Key channels, of all heads, per channel of the model.")
+        expand_v: float = Field(1.0, gt=0, description="Value channels, of all heads, per channel of the model.")
+        conv_width: int = Field(4, ge=1, le=MAX_WIDTH, description="W, taps of the convolution; the cache is W - 1.")
+        allow_neg_eigval: bool = Field(
+            False, description="Double beta: a step may flip what a key held, not only erase it (arXiv 2411.12537)."
+        )
+
+    config: Config
+
+    def __init__(self, config: Config, layer: LayerInfo) -> None:
+        super().__init__(config, layer)
+        D, H = layer.d_model, config.num_heads
+        keys, values = round(config.expand_k * D), round(config.expand_v * D)
+        self.key_dim = head_dim(keys, H, f"expand_k {config.expand_k} x d_model {D} =")
+        self.value_dim = head_dim(values, H, f"expand_v {config.expand_v} x d_model {D} =")
+        self.splits = [keys, keys, values]
+        self.qkv = nn.Linear(D, sum(self.splits), bias=False)
+        bound = config.conv_width**-0.5
+        self.conv_weight = nn.Parameter(torch.empty(sum(self.splits), config.conv_width).uniform_(-bound, bound))
+        self.beta = nn.Linear(D, H, bias=False)
+        self.norm_weight = nn.Parameter(torch.ones(self.value_dim))
+        self.out = nn.Linear(values, D, bias=False)
+        for linear in (self.qkv, self.beta, self.out):
+            nn.init.normal_(linear.weight, std=0.02)
+
+    def init_state(self, batch_size: int) -> DeltaNetState:
+        weight, config = self.out.weight, self.config
+        shape = (batch_size, config.num_heads, self.key_dim, self.value_dim)
+        return DeltaNetState(
+            weight.new_zeros(batch_size, config.conv_width - 1, sum(self.splits)),
+            weight.new_zeros(shape, dtype=state_dtype(weight.dtype)),
+        )
+
+    def mix(self, x: Tensor, state: DeltaNetState | None, return_state: bool) -> tuple[Tensor, DeltaNetState | None]:
+        cache, S = (None, None) if state is None else state
+        qkv, cache = short_conv(
+            self.qkv(x), self.conv_weight, activation="silu", initial_state=cache, return_state=return_state
+        )
+        q, k, v = (y.unflatten(-1, (self.config.num_heads, -1)) for y in qkv.split(self.splits, dim=-1))
+        q, k = normalize(q) * self.key_dim**-0.5, normalize(k)
+        beta = torch.sigmoid(self.beta(x)) * (2 if self.config.allow_neg_eigval else 1)
+        o, S = delta_rule(q, k, v, beta, self.decay(x), initial_state=S, return_state=return_state)
+        y = self.out(self.readout(o, x).flatten(2))
+        return y, None if cache is None or S is None else DeltaNetState(cache, S)
+
+    def decay(self, x: Tensor) -> Tensor | None:
+        """The log decay of each step and head (B, T, H), or None."""
+        return None
+
+    def readout(self, o: Tensor, x: Tensor) -> Tensor:
+        """What was read from the state, o (B, T, H, V), made ready for the output projection."""
+        return F.rms_norm(o, (self.value_dim,), eps=1e-5) * self.norm_weight
+
+
+def normalize(x: Tensor) -> Tensor:
+    """x / |x| over the last axis; smooth at 0."""
+    y = x.to(state_dtype(x.dtype))
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
