@@ -252,22 +252,29 @@ def import_ray() -> Any:
 
 
 def start_ray(ray: Any, setting: Setting, workers: int | None = None) -> None:
-    """Join the Ray of RAY_ADDRESS, or start a private one that is as small and quiet as Ray can be."""
+    """Join the Ray of RAY_ADDRESS, or start a private one that is as small and quiet as Ray can be.
+
+    Raises UnsupportedError when it cannot be joined or started.
+    """
     # Ray's hints about its own set-up are not the user's business; its errors still come through.
     logging.getLogger("ray").setLevel(logging.ERROR)
-    options: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**options)
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=machine_slots(setting, workers) * setting.threads,
-        num_gpus=None if setting.device == "cuda" else 0,
-        include_dashboard=False,
-        object_store_memory=100 * 2**20,
-        **options,
-    )
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options: dict[str, Any] = {
+            "address": "local",
+            "num_cpus": machine_slots(setting, workers) * setting.threads,
+            "num_gpus": None if setting.device == "cuda" else 0,
+            "include_dashboard": False,
+            "object_store_memory": 100 * 2**20,
+        }
+    else:
+        options = {}
+    try:
+        ray.init(configure_logging=False, log_to_driver=False, **options)
+    except Exception as error:
+        what = "cannot start on this machine" if address is None else f"at RAY_ADDRESS={address} cannot be joined"
+        raise UnsupportedError(f"Ray {what}: {type(error).__name__}: {error}. Or use --executor inline.") from error
 
 
 def stream(job: Job, setting: Setting) -> Iterator[Epoch | Record | None]:
