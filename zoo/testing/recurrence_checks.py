@@ -16,6 +16,9 @@ from zoo.state import map_tensors, named_tensors, state_from_bytes, state_to_byt
 from zoo.testing.subject import Subject, batch_of, fail, require_close, require_same_bits, scan, summary
 from zoo.testing.tolerances import relative_error
 
+# Steps where what is compared would differ at once: rows, sequences, modules or strides that get mixed up.
+FEW = 12
+
 
 @torch.no_grad()
 def output(s: Subject) -> str:
@@ -191,8 +194,8 @@ def state_is_batch_first(s: Subject) -> str:
         if _contents(reached) != expected:
             fail(f"the state {when} holds {_contents(reached)}, that of init_state {expected}; they must be the same")
     order = torch.arange(s.batch - 1, -1, -1, device=s.device)
-    turned, _ = scan(mixer, x[order, n:], map_tensors(lambda tensor: tensor[order], state))
-    whole, _ = scan(mixer, x[:, n:], mixer.prefill(x[:, :n].contiguous())[1])
+    turned, _ = scan(mixer, x[order, n : n + FEW], map_tensors(lambda tensor: tensor[order], state))
+    whole, _ = scan(mixer, x[:, n : n + FEW], mixer.prefill(x[:, :n].contiguous())[1])
     require_close(turned, whole[order], "same form", "steps from a state whose rows were put in reverse order")
     return f"{len(expected)} tensor{'s' * (len(expected) != 1)}, {summary(size)} at the start"
 
@@ -210,8 +213,8 @@ def state_round_trip(s: Subject) -> str:
     like = fresh.init_state(s.batch)
     _, state = mixer.prefill(x[:, :n].contiguous())
     data = state_to_bytes(state)
-    want, _ = scan(mixer, x[:, n:], state)
-    got, _ = scan(fresh, x[:, n:], state_from_bytes(data, like))
+    want, _ = scan(mixer, x[:, n : n + FEW], state)
+    got, _ = scan(fresh, x[:, n : n + FEW], state_from_bytes(data, like))
     worst = require_close(got, want, "same form", "a fresh module with the saved weights and state, against going on")
     return f"{len(data):,} bytes, error {worst:.0e}"
 
@@ -219,7 +222,7 @@ def state_round_trip(s: Subject) -> str:
 @torch.no_grad()
 def no_memory_outside_state(s: Subject) -> str:
     """Two sequences decoded in turns give what each gives alone; forward gives the same when called again."""
-    mixer, a, b = s.build(), s.input(length=24), s.input(length=24, seed=1)
+    mixer, a, b = s.build(), s.input(length=FEW), s.input(length=FEW, seed=1)
     y_a, y_b, whole = scan(mixer, a)[0], scan(mixer, b)[0], mixer(a)
     mixer(b)
     require_same_bits(mixer(a), whole, "forward called again, another input in between")
@@ -301,7 +304,7 @@ def batch_invariance(s: Subject) -> str:
     """A row of the output depends on that row of the input alone, wherever in the batch it stands."""
     mixer, x = s.build(), s.input()
     order = torch.arange(s.batch - 1, -1, -1, device=s.device)
-    runs: dict[str, Callable[[Tensor], Tensor]] = {"forward": mixer, "steps": lambda x: scan(mixer, x[:, :24])[0]}
+    runs: dict[str, Callable[[Tensor], Tensor]] = {"forward": mixer, "steps": lambda x: scan(mixer, x[:, :FEW])[0]}
     for name, run in runs.items():
         whole = run(x)
         for i in range(s.batch):
@@ -318,7 +321,7 @@ def memory_layout(s: Subject) -> str:
     runs: dict[str, Callable[[Tensor], Tensor]] = {
         "forward": mixer,
         "prefill": lambda x: mixer.prefill(x)[0],
-        "steps": lambda x: scan(mixer, x[:, :24])[0],
+        "steps": lambda x: scan(mixer, x[:, :FEW])[0],
     }
     with torch.no_grad():
         for name, run in runs.items():
