@@ -55,9 +55,15 @@ class Edited(Sound):
         raise NotImplementedError
 
 
-class NarrowTokens(Edited):
+class FractionalTokens(Edited):
     def edit(self, fields):
-        fields["tokens"] = fields["tokens"].astype(np.int32)
+        fields["tokens"] = fields["tokens"] + 0.25
+
+
+class NarrowTokens(Sound):
+    def sample(self, n, seed, split, start=0):
+        batch = super().sample(n, seed, split, start)
+        return Batch(batch.tokens.astype(np.int32), batch.positions, batch.answers, batch.context_len)
 
 
 class TorchAnswers(Sound):

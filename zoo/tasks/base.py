@@ -65,7 +65,10 @@ class Task(BaseModel):
         raise NotImplementedError
 
     def generate(self, n: int, rng: np.random.Generator) -> Batch:
-        """`n` examples from `rng`, vectorised. Called with n = BLOCK only, so that examples do not depend on n."""
+        """`n` examples from `rng`, vectorised; any integer types will do here.
+
+        Called with n = BLOCK only, so that examples do not depend on n.
+        """
         raise NotImplementedError
 
     def describe(self, batch: Batch, i: int) -> str:
@@ -122,10 +125,11 @@ class Task(BaseModel):
             batch = self.generate(BLOCK, np.random.Generator(np.random.Philox(key=key, counter=block << 128)))
             part = (batch.tokens, batch.positions, batch.answers)
             # Copied at once, so that the next block is made in this one's memory, which is in the cache.
-            whole = whole or [np.empty((n, *array.shape[1:]), array.dtype) for array in part]
+            whole = whole or [np.empty((n, *array.shape[1:]), np.int64) for array in part]
             begin, end = max(start, block * BLOCK), min(start + n, (block + 1) * BLOCK)
             for array, rows in zip(whole, part, strict=True):
-                array[begin - start : end - start] = rows[begin - block * BLOCK : end - block * BLOCK]
+                rows = rows[begin - block * BLOCK : end - block * BLOCK]
+                np.copyto(array[begin - start : end - start], rows, casting="same_kind")
         tokens, positions, answers = whole
         return Batch(tokens, positions, answers, batch.context_len)
 

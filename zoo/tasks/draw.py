@@ -56,36 +56,35 @@ def distinct(
         tagged |= column.astype(kind)
         return tagged
 
-    many = 4 * n > high - low
+    many = 6 * n > high - low
     value: Integers = np.empty((rows, n + others), kind)
     value[:, :n] = _permutations(rng, high - low, rows)[:, :n] if many else uniform(rng, high - low, (rows, n))
     value[:, :n] += kind(low)
     value[:, n:] = uniform(rng, vocabulary, (rows, others))
     tagged = tag(value, np.arange(n + others))
-    row = np.arange(rows)
-    # What stands twice is drawn again. That depends on which columns are equal, never on the values themselves, so no
-    # choice of values is favoured over another.
+    ordered = np.sort(tagged, axis=1)
+    i, j = np.divmod(np.flatnonzero((ordered[:, 1:] ^ ordered[:, :-1]) < 2**bits), max(n + others - 1, 1))
+    column = ordered[i, j + 1] & kind(2**bits - 1)
+
+    # All but one of equal first values are drawn again until they differ. Which ones depends on what is equal, never
+    # on the values themselves, so no choice of values is favoured over another.
+    first = column < n
+    redrawn = row, at = i[first], column[first]
     while row.size:
-        ordered: Integers = tagged.take(row, axis=0)
-        ordered.sort(axis=1)
-        equal = np.flatnonzero((ordered[:, 1:] ^ ordered[:, :-1]) < 2**bits)
-        i, j = np.divmod(equal, max(n + others - 1, 1))
-        column = ordered[i, j + 1] & kind(2**bits - 1)
-        i = row[i]
-        changed = np.zeros(rows, np.bool_)
+        tagged[row, at] = tag(low + uniform(rng, high - low, row.shape), at)
+        clash = ((tagged[row, :n] ^ tagged[row, at, None]) < 2**bits).sum(axis=1) > 1
+        row, at = row[clash], at[clash]
 
-        first = column < n
-        to, at = i[first], column[first]
-        tagged[to, at] = tag(low + uniform(rng, high - low, to.shape), at)
-        changed[to] = True
-
-        # Two of the others may be equal, so long as neither is among the first.
-        to, at = i[~first], column[~first]
-        clash = ((tagged[to, :n] ^ tagged[to, at, None]) < 2**bits).any(axis=1)
-        to, at = to[clash], at[clash]
-        tagged[to, at] = tag(uniform(rng, vocabulary, to.shape), at)
-        changed[to] = True
-        row = np.flatnonzero(changed)
+    # Others are drawn again while they equal a first one: those that did in the beginning, or do since a redraw.
+    row, at = i[~first], column[~first]
+    if others:
+        new = (tagged[redrawn[0], n:] ^ tagged[redrawn][:, None]) < 2**bits
+        j, k = np.divmod(np.flatnonzero(new), others)
+        row, at = np.concatenate([row, redrawn[0][j]]), np.concatenate([at, (n + k).astype(kind)])
+    while row.size:
+        clash = ((tagged[row, :n] ^ tagged[row, at, None]) < 2**bits).any(axis=1)
+        row, at = row[clash], at[clash]
+        tagged[row, at] = tag(uniform(rng, vocabulary, row.shape), at)
     tagged >>= kind(bits)
     return tagged
 

@@ -91,19 +91,19 @@ class MQAR(Task):
         context = 2 * pairs * self.num_passes
         slots = (self.seq_len - context) // 2
         fillers = 2 * slots - pairs if self.random_filler else 0
-        drawn = distinct(rng, 1, half, n, pairs, fillers, self.vocab_size).astype(np.int64)
+        drawn = distinct(rng, 1, half, n, pairs, fillers, self.vocab_size)
         keys, filler = drawn[:, :pairs], drawn[:, pairs:]
-        values = distinct(rng, half, self.vocab_size, n, pairs).astype(np.int64)
+        values = distinct(rng, half, self.vocab_size, n, pairs)
         order = power_law_order(rng, self.power_a - 1, n, slots)
         order *= 2
         order += context
 
-        tokens = np.empty((n, self.seq_len), np.int64) if self.random_filler else np.zeros((n, self.seq_len), np.int64)
+        tokens = np.zeros((n, self.seq_len), drawn.dtype)
         for start in range(0, context, 2 * pairs):
             tokens[:, start : start + 2 * pairs : 2] = keys
             tokens[:, start + 1 : start + 2 * pairs : 2] = values
         positions = order[:, :pairs].copy()
-        # One-dimensional indices: numpy is several times faster at them.
+        # One-dimensional indices and one type: numpy is several times faster at them.
         flat, row = tokens.reshape(-1), np.arange(0, n * self.seq_len, self.seq_len)[:, None]
         flat[(positions + row).reshape(-1)] = keys.reshape(-1)
         if self.random_filler:

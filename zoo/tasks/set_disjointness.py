@@ -71,14 +71,14 @@ class SetDisjointness(Task):
         )
 
     def generate(self, n: int, rng: np.random.Generator) -> Batch:
-        sets = distinct(rng, SPECIAL, self.vocab_size, n, self.size_a + self.size_b).astype(np.int64)
+        sets = distinct(rng, SPECIAL, self.vocab_size, n, self.size_a + self.size_b)
         a, b = sets[:, : self.size_a], sets[:, self.size_a :]
         row = np.arange(n)
         shared = a[row, uniform(rng, self.size_a, (n,))]
         b[row, uniform(rng, self.size_b, (n,))] = shared
 
         first, second = (a, b) if self.first == "a" else (b, a)
-        one, two, ask = (np.full((n, 1), token, np.int64) for token in (1, 2, 3))
+        one, two, ask = (np.full((n, 1), token, sets.dtype) for token in (1, 2, 3))
         tokens = np.concatenate([one, first, two, second] * self.num_passes + [ask], axis=1)
         return Batch(tokens, np.full((n, 1), self.length - 1), shared[:, None], self.length - 1)
 
