@@ -57,10 +57,12 @@ def test_gated_conv_is_its_formula(W):
         torch.testing.assert_close(mixer(x), (x @ mixer.projection.weight.T + mixer.projection.bias) * conv)
 
 
-def test_gated_conv_keeps_w_minus_1_inputs_and_starts_as_torch_does():
+def test_gated_conv_keeps_w_minus_1_inputs_and_starts_as_in_the_published_runs():
     torch.manual_seed(0)
     mixer = GatedConv(GatedConv.Config(), LayerInfo(512))
     assert measure_state(mixer.init_state(3)).elements == 2 * 512
+    assert mixer.projection.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert not mixer.projection.bias.any()
     reference = nn.Conv1d(512, 512, 3, groups=512)
     for parameter, like in ((mixer.conv_weight, reference.weight), (mixer.conv_bias, reference.bias)):
         assert parameter.detach().abs().max().item() <= 3**-0.5

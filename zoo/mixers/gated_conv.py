@@ -22,8 +22,8 @@ class GatedConvState(NamedTuple):
 class GatedConv(RecurrentMixer):
     """y_t = (P x_t + b_1) * (sum_{j < W} h_j * x_{t-j} + b_2), products of channels (arXiv 2312.04927, eq. 2).
 
-    The layer that BASED alternates with linear attention (arXiv 2402.18668, W = 3). Initialised by torch's defaults for
-    Linear and Conv1d.
+    The layer that BASED alternates with linear attention (arXiv 2402.18668, W = 3). Initialised as in the published MQAR
+    runs: P as N(0, 0.02^2), b_1 = 0, the convolution by torch's default for Conv1d.
     """
 
     class Config(RecurrentMixer.Config):
@@ -34,6 +34,8 @@ class GatedConv(RecurrentMixer):
     def __init__(self, config: Config, layer: LayerInfo) -> None:
         super().__init__(config, layer)
         self.projection = nn.Linear(layer.d_model, layer.d_model)
+        nn.init.normal_(self.projection.weight, std=0.02)
+        nn.init.zeros_(self.projection.bias)
         bound = config.conv_width**-0.5
         self.conv_weight = nn.Parameter(torch.empty(layer.d_model, config.conv_width).uniform_(-bound, bound))
         self.conv_bias = nn.Parameter(torch.empty(layer.d_model).uniform_(-bound, bound))
