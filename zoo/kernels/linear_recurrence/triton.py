@@ -150,7 +150,8 @@ def _backward(
         )  # fmt: skip
         return dq, dk, dv, dg, du, dfirst
 
-    config = configured("linear_recurrence.scalar_backward", scalar_config, q, v)
+    rule = scalar_config if decay is None else scalar_decay_backward_config
+    config = configured("linear_recurrence.scalar_backward", rule, q, v)
     block_dk, block_dv = min(config.block, padded(K)), min(config.block, padded(V))
     k_blocks, v_blocks = -(-K // block_dk), -(-V // block_dv)
     # A decay per head is one per step that is the same at each.
@@ -216,6 +217,11 @@ def scalar_config(q: Tensor, v: Tensor) -> Config:
     if q.dtype == torch.float32:
         return Config(chunk=32 if widest <= 64 else 16, block=32, num_warps=4, num_stages=1)
     return Config(chunk=64 if widest <= 128 else 32, block=64, num_warps=4, num_stages=2)
+
+
+def scalar_decay_backward_config(q: Tensor, v: Tensor) -> Config:
+    # With four warps Triton 3.6 miscompiles this kernel for Hopper in bf16: wrong dq and dk, or illegal accesses.
+    return scalar_config(q, v)._replace(num_warps=2)
 
 
 def channel_config(q: Tensor, v: Tensor) -> Config:
