@@ -26,9 +26,10 @@ def run_op(op: Op, inputs: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
     outputs = dict(named_tensors(op(**inputs), "output"))
     leaves = dict(_tensors(inputs))
     leaves = {name: t for name, t in leaves.items() if t.requires_grad}
-    draw = torch.Generator().manual_seed(seed)
-    # Drawn on the CPU and rounded to what every dtype can hold: the reference and the op get the same weights.
-    weights = [torch.randn(o.shape, generator=draw).bfloat16().to(o) for o in outputs.values()]
+    device = next(iter(outputs.values())).device
+    draw = torch.Generator(device).manual_seed(seed)
+    # Rounded to what every dtype can hold: the reference and the op get the same weights.
+    weights = [torch.randn(o.shape, device=device, generator=draw).bfloat16().to(o) for o in outputs.values()]
     gradients: tuple[Tensor, ...] = ()
     if leaves:
         gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), weights)

@@ -93,20 +93,12 @@ def load_state(S, f, j, F: tl.constexpr, V: tl.constexpr, TRANSPOSED: tl.constex
         pointers, mask = S + f[None, :] * V + j[:, None], (f < F)[None, :] & (j < V)[:, None]
     else:
         pointers, mask = S + f[:, None] * V + j[None, :], (f < F)[:, None] & (j < V)[None, :]
-    if GIVEN:
-        tile = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    else:
-        tile = tl.zeros(pointers.shape, tl.float32)
-    return tile
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32) if GIVEN else tl.zeros(pointers.shape, tl.float32)
 
 
 @triton.jit
 def load_norm(z, f, F: tl.constexpr, GIVEN: tl.constexpr):
-    if GIVEN:
-        tile = tl.load(z + f, mask=f < F, other=0.0).to(tl.float32)
-    else:
-        tile = tl.zeros(f.shape, tl.float32)
-    return tile
+    return tl.load(z + f, mask=f < F, other=0.0).to(tl.float32) if GIVEN else tl.zeros(f.shape, tl.float32)
 
 
 @triton.jit

@@ -188,7 +188,7 @@ def recurrent_config(q: Tensor, v: Tensor) -> Config:
     large = num_features(q.shape[-1]) > 160
     if q.dtype == torch.float32:
         return Config(chunk=16, block=16, num_warps=4, num_stages=1)
-    return Config(chunk=16 if large else 32, block=16 if large else 32, num_warps=4, num_stages=2)
+    return Config(chunk=16, block=16 if large else 64, num_warps=4, num_stages=2)
 
 
 def _quadratic(q: Tensor, S: Tensor | None, return_state: bool) -> bool:

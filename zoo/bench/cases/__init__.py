@@ -1,0 +1,1 @@
+"""The cases of `zoo bench kernels`, a module an op."""

@@ -1,0 +1,87 @@
+"""Is a fused op right on this GPU: against its reference in fp64, over fresh seeds, run twice, at extreme sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.bench.case import Case, Draw, Shape
+from zoo.testing.ops import op_errors, poisoned, run_op
+from zoo.testing.tolerances import TOLERANCES
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# More programs than the second axis of a grid may have.
+MANY_HEADS = Shape(70_000, 16, 1, 16)
+# Each tensor has more than 2^31 elements.
+MANY_ELEMENTS = Shape(8_200, 4096, 1, 64)
+
+
+class Result(NamedTuple):
+    """worst: the tensor with the largest error relative to `tolerance`. seeds: how many were tried."""
+
+    case: str
+    shape: Shape
+    dtype: str
+    check: str
+    seeds: int
+    worst: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+def check_seeds(case: Case, shape: Shape, dtype: torch.dtype, seeds: int) -> Iterator[Result]:
+    """Outputs and gradients within tolerance, for every seed; and the same bits when the first is run again."""
+    tolerance = TOLERANCES[case.tolerance][dtype]
+    worst: dict[str, float] = {}
+    for seed in range(seeds):
+        inputs = case.inputs(shape, Draw("cuda", dtype, seed))
+        with poisoned():
+            for name, error in op_errors(case.reference, case.ours, inputs, seed).items():
+                worst[name] = max(error, worst.get(name, 0.0))
+    name = max(worst, key=lambda n: worst[n])
+    yield Result(case.name, shape, _name(dtype), "fp64 reference", seeds, name, worst[name], tolerance)
+
+    inputs = case.inputs(shape, Draw("cuda", dtype, 0))
+    first, second = run_op(case.ours, inputs, 0), run_op(case.ours, inputs, 0)
+    differing = [n for n in first if not torch.equal(first[n], second[n])]
+    yield Result(case.name, shape, _name(dtype), "same bits twice", 1, ",".join(differing), len(differing), 0)
+
+
+def check_large(case: Case, shape: Shape) -> Result:
+    """In bf16, at a size where indices overflow: the first and the last sequence, each against the reference alone."""
+    dtype = torch.bfloat16
+    inputs = case.inputs(shape, Draw("cuda", dtype, 0))
+    # What has no batch axis would need the whole batch for its gradient.
+    shared = {name: t.detach() for name, t in inputs.items() if t.shape[0] != shape.B}
+    batched = {name: t for name, t in inputs.items() if name not in shared}
+    outputs = case.ours(**batched, **shared)
+    o = outputs[0] if isinstance(outputs, tuple) else outputs
+    weight = torch.randn_like(o)
+    gradients = dict(zip(batched, torch.autograd.grad(o, list(batched.values()), weight), strict=True))
+    errors = {}
+    for part in (slice(0, 1), slice(-1, None)):
+        alone = {name: t[part].detach().double().requires_grad_() for name, t in batched.items()}
+        want = case.reference(**alone, **{name: t.double() for name, t in shared.items()})[0]
+        want_gradients = torch.autograd.grad(want, list(alone.values()), weight[part].double())
+        errors[f"output[{part.start}]"] = _relative(o[part], want)
+        for name, g in zip(alone, want_gradients, strict=True):
+            errors[f"d{name}[{part.start}]"] = _relative(gradients[name][part], g)
+    name = max(errors, key=lambda n: errors[n])
+    tolerance = TOLERANCES[case.tolerance][dtype]
+    return Result(case.name, shape, _name(dtype), "large", 1, name, errors[name], tolerance)
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    error = ((got.double() - want).norm() / want.norm()).item()
+    return float("inf") if error != error else error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
