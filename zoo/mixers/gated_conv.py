@@ -22,8 +22,8 @@ class GatedConvState(NamedTuple):
 class GatedConv(RecurrentMixer):
     """y_t = (P x_t + b_1) * (sum_{j < W} h_j * x_{t-j} + b_2), products of channels (arXiv 2312.04927, eq. 2).
 
-    The layer that BASED alternates with linear attention (arXiv 2402.18668, W = 3). Initialised as in the published MQAR
-    runs: P as N(0, 0.02^2), b_1 = 0, the convolution by torch's default for Conv1d.
+    The layer that BASED alternates with linear attention (arXiv 2402.18668, W = 3). Initialised as in the published
+    MQAR runs: P as N(0, 0.02^2), b_1 = 0, the convolution by torch's default for Conv1d.
     """
 
     class Config(RecurrentMixer.Config):
