@@ -14,7 +14,7 @@ sweep: .venv/.ready-run  ## run the quick sweep (GRID=FILE for another): table a
 	$(BIN)/zoo sweep $(GRID)
 
 figures: .venv/.ready-run  ## draw the figures of every run under runs/ again
-	@for run in runs/*/; do $(BIN)/zoo plot $$run --output $$run/frontier; done
+	@for run in runs/*/; do $(BIN)/zoo plot $$run; done
 
 test: .venv/.ready-test  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
