@@ -9,7 +9,7 @@ from zoo.errors import UnsupportedError
 from zoo.kernels.backend import backend
 from zoo.kernels.shapes import check_shapes
 
-IMPLS = ("reference", "chunked")
+IMPLS = ("reference", "chunked", "triton")
 
 
 def delta_rule(

@@ -1,0 +1,62 @@
+"""Triangular matrices over the steps of a chunk, row s by column t: what the write of step s means to step t > s."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from zoo.kernels.tiles import LOG2E
+
+
+@triton.jit
+def load_steps(x, at, row, stride, T):
+    """One number a step, in fp32; 0 past the end."""
+    return tl.load(x + (at + row) * stride, mask=at + row < T, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_decay(g, at, row, stride, T):
+    """Log2 decays of the steps at + row, 0 past the end. Below -1000 nothing is left anyway."""
+    return tl.maximum(load_steps(g, at, row, stride, T) * LOG2E, -1000.0)
+
+
+@triton.jit
+def load_square(x, C: tl.constexpr):
+    """A C x C matrix stored by rows."""
+    i = tl.arange(0, C)
+    return tl.load(x + i[:, None] * C + i[None, :])
+
+
+@triton.jit
+def store_transposed(x, values, C: tl.constexpr):
+    i = tl.arange(0, C)
+    tl.store(x + i[None, :] * C + i[:, None], values.to(x.dtype.element_ty))
+
+
+@triton.jit
+def decay_between(g, C: tl.constexpr, PRECISION: tl.constexpr):
+    """2^(g_{s+1} + ... + g_t) at (s, t) for s <= t, else 0. Every sum is a sum, not a difference of longer ones."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    between = tl.dot(tl.where(j > i, g[None, :], 0.0), (i <= j).to(tl.float32), input_precision=PRECISION)
+    return tl.where(i <= j, tl.exp2(between), 0.0)
+
+
+@triton.jit
+def pairs_of_halves(x, h: tl.constexpr, C: tl.constexpr):
+    """x (C, C) where row and column are in the first and in the last half of one aligned block of 2h, else 0."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    return tl.where(((j // h) % 2 == 1) & (j // h == i // h + 1), x, 0.0)
+
+
+@triton.jit
+def inverse(x, C: tl.constexpr, HALVINGS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + x)^-1 for x zero on and below the diagonal, block by block: stable, as powers of x would not be."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    found = tl.where(i == j, 1.0, 0.0) - pairs_of_halves(x, 1, C)
+    for doubling in tl.static_range(1, HALVINGS):
+        across = tl.dot(pairs_of_halves(x, 1 << doubling, C), found, input_precision=PRECISION)
+        found -= tl.dot(found, across, input_precision=PRECISION)
+    return found
