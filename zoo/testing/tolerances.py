@@ -17,7 +17,13 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     # A fused op against its reference in fp64, measured as `zoo.testing.ops.op_errors` does, gradients included. 16-bit
     # dtypes round each operand of a product and each result: 2^-9 (bf16) and 2^-12 (fp16), a few times over.
     "linear_recurrence": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "delta_rule": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "generalized_delta_rule": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "taylor_attention": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "short_conv": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "selective_scan": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "long_conv": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "answer_loss": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
 }
 
 
