@@ -331,7 +331,7 @@ def test_a_trial_whose_worker_dies_is_tried_again_and_the_others_go_on(tmp_path,
     dead = by_behaviour["exit"]
     assert dead.failure.error == "WorkerDied"
     assert dead.provenance.attempt == 2
-    assert "the worker process died in each of 2 attempts" in dead.failure.message
+    assert "the worker process died (WorkerCrashedError) in each of 2 attempts" in dead.failure.message
     assert "--executor inline" in dead.failure.message
 
 

@@ -280,16 +280,20 @@ def start_ray(ray: Any, setting: Setting, workers: int | None = None) -> None:
 def stream(job: Job, setting: Setting) -> Iterator[Epoch | Record | None]:
     """In a worker: None when the trial starts, its epochs as they end, its record."""
     yield None
-    events: queue.SimpleQueue[Epoch | Record | None] = queue.SimpleQueue()
+    events: queue.SimpleQueue[Epoch | Record | BaseException | None] = queue.SimpleQueue()
 
     def work() -> None:
         try:
             events.put(execute(job, setting, events.put))
+        except BaseException as error:
+            events.put(error)
         finally:
             events.put(None)
 
     threading.Thread(target=work, daemon=True).start()
     while (event := events.get()) is not None:
+        if isinstance(event, BaseException):
+            raise event
         yield event
 
 
@@ -356,10 +360,12 @@ class _Flight:
             self.suspects.append(replace(job, attempt=job.attempt + 1))
             return
         message = (
-            f"the worker process died in each of {ATTEMPTS} attempts, the last ones with no other trial beside it: out "
-            "of memory, a crash in native code, or an exit call. Try it with --executor inline, or a smaller model."
+            f"the worker process died ({type(error).__name__}) in each of {ATTEMPTS} attempts, the last ones with no "
+            "other trial beside it: out of memory, a crash in native code, or an exit call. Try it with --executor "
+            "inline, or a smaller model."
         )
-        self._fail(job, "WorkerDied", message, str(error))
+        # Ray's report of a memory shortage goes on with a list of everybody's processes.
+        self._fail(job, "WorkerDied", message, str(error).partition("Top 10 memory users")[0])
 
     def _fail(self, job: Job, error: str, message: str, details: str) -> None:
         failure = Failure(error=error, message=message, traceback=details)
