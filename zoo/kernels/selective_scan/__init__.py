@@ -9,7 +9,7 @@ from zoo.errors import UnsupportedError
 from zoo.kernels.backend import backend
 from zoo.kernels.shapes import check_shapes
 
-IMPLS = ("reference", "chunked")
+IMPLS = ("reference", "chunked", "triton")
 
 
 def selective_scan(
@@ -38,7 +38,7 @@ def selective_scan(
         z: (B, T, D), the gate.
         initial_state: (B, D, N); None: zeros.
         return_state: False: None is returned for the final state.
-        impl: "reference", "chunked" or None (by device).
+        impl: "reference", "chunked", "triton" or None (by device).
 
     Returns:
         y (B, T, D) in x's dtype and the final state (B, D, N) in fp32 (fp64 for fp64), the precision of all sums.

@@ -50,7 +50,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         T = len(x)
-        ctx.length = min(T, max(MIN_CHUNK, CHUNK_ELEMENTS // max(h.numel(), 1)))
+        ctx.length = min(T, max(MIN_CHUNK, CHUNK_ELEMENTS // h.numel()))
         y = torch.empty_like(x)
         buffer = h.new_empty(ctx.length, *h.shape)
         starts = []
