@@ -300,6 +300,7 @@ def finish_kernel(
     DECAY_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, da, db, dk and dg from the parts that `backward_kernel` left; one program per chunk."""
+    heads = tl.cast(heads, tl.int64)
     dtype = q.dtype.element_ty
     chunks = tl.cdiv(T, C)
     chunk = tl.cast(tl.program_id(0), tl.int64)

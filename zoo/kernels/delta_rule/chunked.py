@@ -159,9 +159,10 @@ def _chunks(*tensors: Tensor) -> tuple[Tensor, ...]:
     """(B, T, H, K) -> (B, H, chunks, C, K) in the accumulation dtype, zeros after the end: they change no state."""
     T = tensors[0].shape[1]
     C = min(MAX_CHUNK, 1 << (T - 1).bit_length())
-    return tuple(
-        F.pad(x.to(state_dtype(x.dtype)).transpose(1, 2), (0, 0, 0, -T % C)).unflatten(2, (-1, C)) for x in tensors
-    )
+    tensors = tuple(x.to(state_dtype(x.dtype)).transpose(1, 2) for x in tensors)
+    if T % C:
+        tensors = tuple(F.pad(x, (0, 0, 0, -T % C)) for x in tensors)
+    return tuple(x.unflatten(2, (-1, C)) for x in tensors)
 
 
 def _join(o: Tensor, v: Tensor) -> Tensor:
