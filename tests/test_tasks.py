@@ -178,16 +178,16 @@ def test_fixed_halves_shortcut_is_closed(size_a, size_b):
 @pytest.mark.parametrize(
     ("task", "digest"),
     [
-        (MQAR(seq_len=256, num_pairs=64, random_filler=True), "b60f1ba6deea300d"),
-        (MQAR(seq_len=64, num_pairs=4, num_passes=2, vocab_size=1000), "80efcc7767b789c4"),
-        (SetDisjointness(size_a=16, size_b=256), "03fb299b2242fa80"),
-        (SetDisjointness(size_a=6, size_b=6, vocab_size=16, first="b"), "5b94ea9d16a9a5f6"),
+        (MQAR(seq_len=256, num_pairs=64, random_filler=True), "25cb3693ae7240e0"),
+        (MQAR(seq_len=64, num_pairs=4, num_passes=2, vocab_size=1000), "1f9da2585f851e18"),
+        (SetDisjointness(size_a=16, size_b=256), "bd0765924a89cc37"),
+        (SetDisjointness(size_a=6, size_b=6, vocab_size=16, first="b"), "c8161d3cb33ce32c"),
     ],
     ids=["mqar", "mqar twice", "sets", "small sets"],
 )
 def test_bytes_are_the_same_everywhere(task, digest):
     # Fails on another machine or numpy: a draw depends on it. Fails after an edit: raise the task's `version`.
-    batch = task.sample(1500, 7, "test", start=900)
+    batch = task.sample(1500, 7, "test", start=1900)
     data = b"".join(a.astype("<i8").tobytes() for a in (batch.tokens, batch.positions, batch.answers))
     assert hashlib.sha256(data).hexdigest()[:16] == digest
 
