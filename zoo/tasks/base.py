@@ -41,8 +41,8 @@ class Batch:
 class Task(BaseModel):
     """Base of every task: a frozen pydantic model that is its own configuration; unknown keys are refused.
 
-    Subclasses define the fields, `seq_len`, `vocab_size`, `slice_name` and `generate`. Bad settings raise in a
-    validator, before any example is made.
+    Subclasses define the fields, `length`, `vocabulary`, `slice_name` and `generate`. Bad settings raise ConfigError in
+    a validator, before any example is made.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
