@@ -77,17 +77,16 @@ def prepare_kernel(
     Pb = tl.where(diagonal, tl.sum(b_q.to(tl.float32) * b_b, 1)[:, None], 0.0)
     Pk = tl.where(diagonal, tl.sum(b_q.to(tl.float32) * b_k, 1)[:, None], 0.0)
     for doubling in tl.static_range(HALVINGS):
-        half: tl.constexpr = 1 << doubling
-        kept = tl.exp2(tl.dot(to_middle(half, C, False, False), b_g, input_precision=PRECISION))
-        kept_a = tl.exp2(tl.dot(to_middle(half, C, True, False), b_g, input_precision=PRECISION))
+        kept = tl.exp2(tl.dot(to_middle(1 << doubling, C, False, False), b_g, input_precision=PRECISION))
+        kept_a = tl.exp2(tl.dot(to_middle(1 << doubling, C, True, False), b_g, input_precision=PRECISION))
         far_q = tl.trans((b_q * kept).to(dtype))
         far_a = tl.trans((b_a * kept_a).to(dtype))
         near_b = (b_b * kept).to(dtype)
         near_k = (b_k * kept).to(dtype)
-        Ab += pairs_of_halves(tl.dot(near_b, far_a, input_precision=PRECISION), half, C)
-        Ak += pairs_of_halves(tl.dot(near_k, far_a, input_precision=PRECISION), half, C)
-        Pb += pairs_of_halves(tl.dot(near_b, far_q, input_precision=PRECISION), half, C)
-        Pk += pairs_of_halves(tl.dot(near_k, far_q, input_precision=PRECISION), half, C)
+        Ab += pairs_of_halves(tl.dot(near_b, far_a, input_precision=PRECISION), 1 << doubling, C)
+        Ak += pairs_of_halves(tl.dot(near_k, far_a, input_precision=PRECISION), 1 << doubling, C)
+        Pb += pairs_of_halves(tl.dot(near_b, far_q, input_precision=PRECISION), 1 << doubling, C)
+        Pk += pairs_of_halves(tl.dot(near_k, far_q, input_precision=PRECISION), 1 << doubling, C)
     scores += chunk * 4 * C * C
     store_transposed(scores, inverse(-Ab, C, HALVINGS, PRECISION), C)
     store_transposed(scores + C * C, Ak, C)
@@ -356,29 +355,34 @@ def finish_kernel(
     b_db += now_b * b_q
     b_dk += now_k * b_q
     for doubling in tl.static_range(HALVINGS):
-        half: tl.constexpr = 1 << doubling
-        kept = tl.exp2(tl.dot(to_middle(half, C, False, False), b_g, input_precision=PRECISION))
-        kept_a = tl.exp2(tl.dot(to_middle(half, C, True, False), b_g, input_precision=PRECISION))
+        kept = tl.exp2(tl.dot(to_middle(1 << doubling, C, False, False), b_g, input_precision=PRECISION))
+        kept_a = tl.exp2(tl.dot(to_middle(1 << doubling, C, True, False), b_g, input_precision=PRECISION))
         far_q = (b_q * kept).to(dtype)
         far_a = (b_a * kept_a).to(dtype)
         near_b = (b_b * kept).to(dtype)
         near_k = (b_k * kept).to(dtype)
-        part_q = tl.dot(last_pairs(dPb_t, half, C).to(dtype), near_b, input_precision=PRECISION)
-        part_q = tl.dot(last_pairs(dPk_t, half, C).to(dtype), near_k, part_q, input_precision=PRECISION) * kept
-        part_a = tl.dot(last_pairs(dAb_t, half, C).to(dtype), near_b, input_precision=PRECISION)
-        part_a = tl.dot(last_pairs(dAk_t, half, C).to(dtype), near_k, part_a, input_precision=PRECISION) * kept_a
-        part_b = tl.dot(pairs_of_halves(dPb, half, C).to(dtype), far_q, input_precision=PRECISION)
-        part_b = tl.dot(pairs_of_halves(dAb, half, C).to(dtype), far_a, part_b, input_precision=PRECISION) * kept
-        part_k = tl.dot(pairs_of_halves(dPk, half, C).to(dtype), far_q, input_precision=PRECISION)
-        part_k = tl.dot(pairs_of_halves(dAk, half, C).to(dtype), far_a, part_k, input_precision=PRECISION) * kept
+        part_q = tl.dot(last_pairs(dPb_t, 1 << doubling, C).to(dtype), near_b, input_precision=PRECISION)
+        part_q = tl.dot(last_pairs(dPk_t, 1 << doubling, C).to(dtype), near_k, part_q, input_precision=PRECISION) * kept
+        part_a = tl.dot(last_pairs(dAb_t, 1 << doubling, C).to(dtype), near_b, input_precision=PRECISION)
+        part_a = (
+            tl.dot(last_pairs(dAk_t, 1 << doubling, C).to(dtype), near_k, part_a, input_precision=PRECISION) * kept_a
+        )
+        part_b = tl.dot(pairs_of_halves(dPb, 1 << doubling, C).to(dtype), far_q, input_precision=PRECISION)
+        part_b = (
+            tl.dot(pairs_of_halves(dAb, 1 << doubling, C).to(dtype), far_a, part_b, input_precision=PRECISION) * kept
+        )
+        part_k = tl.dot(pairs_of_halves(dPk, 1 << doubling, C).to(dtype), far_q, input_precision=PRECISION)
+        part_k = (
+            tl.dot(pairs_of_halves(dAk, 1 << doubling, C).to(dtype), far_a, part_k, input_precision=PRECISION) * kept
+        )
         b_dq += part_q
         b_da += part_a
         b_db += part_b
         b_dk += part_k
         if DECAY_GRADIENT:
             slopes = b_q * part_q + b_b * part_b + b_k * part_k
-            b_dg = tl.dot(to_middle(half, C, False, True), slopes, b_dg, input_precision=PRECISION)
-            b_dg = tl.dot(to_middle(half, C, True, True), b_a * part_a, b_dg, input_precision=PRECISION)
+            b_dg = tl.dot(to_middle(1 << doubling, C, False, True), slopes, b_dg, input_precision=PRECISION)
+            b_dg = tl.dot(to_middle(1 << doubling, C, True, True), b_a * part_a, b_dg, input_precision=PRECISION)
     out = (n * T * H + h + at * H) * K
     store_rows(dq + out, b_dq, row, H * K, live, i, K, BLOCK_K)
     store_rows(da + out, b_da, row, H * K, live, i, K, BLOCK_K)
