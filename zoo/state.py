@@ -84,7 +84,9 @@ def measure_state(state: State) -> StateSize:
         if batch is None:
             batch = tensor.shape[0]
         if tensor.shape[0] != batch or batch == 0:
-            raise ValueError(f"state tensor {name!r} has batch {tensor.shape[0]}, others {batch}; they must agree, and not be 0.")
+            raise ValueError(
+                f"state tensor {name!r} has batch {tensor.shape[0]}, others {batch}; they must agree, and not be 0."
+            )
         elements = tensor.numel() // batch
         sizes.append(
             TensorSize(

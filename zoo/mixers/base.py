@@ -93,6 +93,7 @@ def head_dim(d_model: int, num_heads: int, what: str = "d_model") -> int:
     if num_heads < 1 or d_model % num_heads:
         allowed = [h for h in range(1, d_model + 1) if d_model % h == 0]
         raise ConfigError(
-            f"{what} {d_model} is not divisible by num_heads {num_heads}; use one of {allowed} heads, or another {what}."
+            f"{what} {d_model} is not divisible by num_heads {num_heads}; use one of {allowed} heads, or another "
+            f"{what}."
         )
     return d_model // num_heads
