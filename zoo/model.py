@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from zoo.config import DataConfig, MLPConfig, ModelConfig
 from zoo.kernels.answer_loss import AnswerLoss, answer_loss
-from zoo.mixers import LayerInfo, mixers
+from zoo.mixers import LayerInfo, Mixer, mixers
 from zoo.state import State
 
 
@@ -47,7 +48,7 @@ class Block(nn.Module):
         norm = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
         spec = config.blocks[layer.index]
         self.norm = norm(config.d_model)
-        self.mixer = mixers.get(spec.mixer)(spec.options, layer)
+        self.mixer: Mixer = mixers.get(spec.mixer)(spec.options, layer)
         self.mlp_norm = norm(config.d_model) if config.mlp else None
         self.mlp = MLP(config.d_model, config.mlp) if config.mlp else None
 
@@ -72,7 +73,7 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(vocabulary, config.d_model)
         self.positions = nn.Embedding(max_seq_len, config.d_model) if config.positions == "learned" else None
         depth = len(config.blocks)
-        self.blocks = nn.ModuleList(
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(config, LayerInfo(config.d_model, index, depth, max_seq_len, rotary=config.positions == "rotary"))
             for index in range(depth)
         )

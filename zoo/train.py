@@ -168,7 +168,8 @@ def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, epoc
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) with decay on matrices only; a parameter with `_no_weight_decay` is exempt."""
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for parameter in model.parameters():
         plain = parameter.dim() >= 2 and not getattr(parameter, "_no_weight_decay", False)
         (decayed if plain else exempt).append(parameter)

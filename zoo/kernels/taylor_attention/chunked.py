@@ -40,7 +40,11 @@ def taylor_attention(
         numerator = numerator + phi_q @ S_before
         weight = weight + phi_q @ z_before[..., None]
     o = (numerator / (weight + eps)).permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T].to(out_dtype)
-    return o, (S, z) if return_state else None
+    if not return_state:
+        return o, None
+    assert S is not None
+    assert z is not None
+    return o, (S, z)
 
 
 def _sums(x: Tensor | None, added: Tensor) -> tuple[Tensor, Tensor]:
