@@ -214,12 +214,12 @@ def test_s4d_kernel_is_its_definition(ssm, T):
 
 
 def test_s4d_kernel_is_the_impulse_response_of_the_recurrence(ssm):
-    impulse = torch.zeros(1, 60, 5, 1, dtype=torch.float64)
+    impulse = torch.zeros(1, 60, 1, 5, dtype=torch.float64)
     impulse[:, 0] = 1
     state, outputs = ssm.init_state(1), []
     for t in range(60):
         y, state = ssm(impulse[:, t : t + 1], state, return_state=True)
-        outputs.append(y[0, 0, :, 0])
+        outputs.append(y[0, 0, 0])
     response = torch.stack(outputs, 1)
     response[:, 0] -= ssm.D
     torch.testing.assert_close(ssm.kernel(60), response, rtol=1e-10, atol=1e-12)
@@ -246,13 +246,13 @@ def test_h3_is_its_recurrence(K):
     a_bar = torch.exp(mixer.diagonal.log_dt.exp()[:, None] * A)
     c = torch.view_as_complex(mixer.diagonal.C) * (a_bar - 1) / A
     heads = 16 // K
-    q, shifted, v = (y.view(2, 33, heads, K) for y in (q, shifted, v))
+    q, shifted, v = (y.view(2, 33, K, heads).mT for y in (q, shifted, v))
     state, outputs = torch.zeros(2, heads, K, K, 3, dtype=torch.complex128), []
     for t in range(33):
         kv = shifted[:, t, :, :, None] * v[:, t, :, None, :]
         state = a_bar[:, None, None] * state + kv[..., None]
         y = 2 * (c[:, None, None] * state).sum(-1).real + mixer.diagonal.D[:, None, None] * kv
-        outputs.append(torch.einsum("bhi,bhij->bhj", q[:, t], y).flatten(1))
+        outputs.append(torch.einsum("bhi,bhij->bjh", q[:, t], y).flatten(1))
     expected = mixer.out_proj(torch.stack(outputs, 1))
     torch.testing.assert_close(mixer(x), expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(decode(mixer, x)[0], expected, rtol=1e-9, atol=1e-9)

@@ -17,7 +17,7 @@ from zoo.mixers.s4d import DiagonalSSM
 
 
 class H3State(NamedTuple):
-    """shift (B, N-1, D): the last keys. diagonal (B, D / K, K K, N / 2, 2): the SSM's, real and imaginary parts."""
+    """shift (B, N-1, D): the last keys. diagonal (B, K K, D / K, N / 2, 2): the SSM's, real and imaginary parts."""
 
     shift: Tensor
     diagonal: Tensor
@@ -60,10 +60,11 @@ class H3(RecurrentMixer):
         past, diagonal = (None, None) if state is None else state
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         shifted = long_conv(k, self.shift, self.shift_D, past=past)
-        q, shifted, v = (y.unflatten(-1, (-1, K)) for y in (q, shifted, v))
-        kv_BTHKK = shifted[..., :, None] * v[..., None, :]
-        y, diagonal = self.diagonal(kv_BTHKK.flatten(3), diagonal, return_state)
-        y = (q[..., None] * y.view_as(kv_BTHKK)).sum(-2)
+        # The heads stand last, being many where a head has few channels.
+        q, shifted, v = (y.unflatten(-1, (K, -1)) for y in (q, shifted, v))
+        kv_BTKKH = shifted[:, :, :, None] * v[:, :, None]
+        y, diagonal = self.diagonal(kv_BTKKH.flatten(2, 3), diagonal, return_state)
+        y = (q[:, :, :, None] * y.view_as(kv_BTKKH)).sum(2)
         y = self.out_proj(y.flatten(2))
         if diagonal is None:
             return y, None

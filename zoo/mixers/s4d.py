@@ -38,8 +38,8 @@ class DiagonalSSM(nn.Module):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     def init_state(self, batch_size: int, repeats: int = 1) -> Tensor:
-        """(B, H, R, N / 2, 2), real and imaginary parts."""
-        return self.C.new_zeros(batch_size, self.C.shape[0], repeats, *self.C.shape[1:])
+        """(B, R, H, N / 2, 2), real and imaginary parts."""
+        return self.C.new_zeros(batch_size, repeats, *self.C.shape)
 
     def kernel(self, length: int) -> Tensor:
         """K_j = 2 Re sum_n C_n exp(j dt A_n), the first `length` taps (H, length)."""
@@ -51,12 +51,11 @@ class DiagonalSSM(nn.Module):
         return 2 * kernel_Hir.real.flatten(1)[:, :length]
 
     def forward(self, u: Tensor, state: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor | None]:
-        """u (B, T, H, R), the state before it -> y (B, T, H, R), the state after it."""
-        T, R = u.shape[1], u.shape[3]
+        """u (B, T, R, H), the state before it -> y (B, T, R, H), the state after it."""
+        T, R = u.shape[1:3]
         # Powers of numbers so close to 1 need fp32.
         with torch.autocast(u.device.type, enabled=False):
-            kernel = self.kernel(T).repeat_interleave(R, dim=0)
-            y = long_conv(u.flatten(2), kernel, self.D.repeat_interleave(R)).view_as(u)
+            y = long_conv(u.flatten(2), self.kernel(T).repeat(R, 1), self.D.repeat(R)).view_as(u)
             if state is None and not return_state:
                 return y, None
             log_decay, C = self._discrete()
@@ -64,13 +63,13 @@ class DiagonalSSM(nn.Module):
             if state is not None:
                 # Re(w x) = Re(w) Re(x) - Im(w) Im(x).
                 weight_HNtc = torch.view_as_real((C[..., None] * powers_HNt[..., 1:]).conj().resolve_conj())
-                y = y + 2 * torch.einsum("hntc,bhrnc->bthr", weight_HNtc, state).to(y.dtype)
+                y = y + 2 * torch.einsum("hntc,brhnc->btrh", weight_HNtc, state).to(y.dtype)
             if not return_state:
                 return y, None
             latest_last_HNtc = torch.view_as_real(powers_HNt[..., :T].flip(-1))
-            end = torch.einsum("hntc,bthr->bhrnc", latest_last_HNtc, u.to(latest_last_HNtc.dtype))
+            end = torch.einsum("hntc,btrh->brhnc", latest_last_HNtc, u.to(latest_last_HNtc.dtype))
             if state is not None:
-                end = end + torch.view_as_real(powers_HNt[..., T][:, None] * torch.view_as_complex(state))
+                end = end + torch.view_as_real(powers_HNt[..., T] * torch.view_as_complex(state))
             return y, end.contiguous()
 
     def _discrete(self) -> tuple[Tensor, Tensor]:
@@ -86,7 +85,7 @@ def _powers(log_base: Tensor, count: int) -> Tensor:
 
 
 class S4DState(NamedTuple):
-    """ssm (B, D, 1, N / 2, 2), real and imaginary parts."""
+    """ssm (B, 1, D, N / 2, 2), real and imaginary parts."""
 
     ssm: Tensor
 
@@ -111,5 +110,5 @@ class S4D(RecurrentMixer):
         return S4DState(self.ssm.init_state(batch_size))
 
     def mix(self, x: Tensor, state: S4DState | None, return_state: bool) -> tuple[Tensor, S4DState | None]:
-        y, end = self.ssm(x[..., None], None if state is None else state.ssm, return_state)
-        return F.glu(self.out_proj(F.gelu(y[..., 0]))), None if end is None else S4DState(end)
+        y, end = self.ssm(x[:, :, None], None if state is None else state.ssm, return_state)
+        return F.glu(self.out_proj(F.gelu(y[:, :, 0]))), None if end is None else S4DState(end)
