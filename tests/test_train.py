@@ -95,7 +95,7 @@ def test_features_prefill_and_step_agree(positions: str, mlp: Any) -> None:
 
 
 def test_the_head_is_tied_and_logits_are_where_answers_are_asked() -> None:
-    config = trial()
+    config = trial(model={"d_model": 24})
     model = build_model(config.model, config.data, 0)
     part = load_slices(config.data.test, 0, "test", "cpu")[0]
     logits = model(part.tokens, part.positions)

@@ -113,7 +113,9 @@ class Model(nn.Module):
             y, state = block.mixer.prefill(block.norm(x))
             x = block.feed(x + y)
             states.append(state)
-        position = torch.full_like(tokens[:, 0], tokens.shape[1]) if self.positions is not None else None
+        position = None
+        if self.positions is not None:
+            position = torch.full_like(tokens[:, 0], tokens.shape[1], dtype=torch.int64)
         return self.norm(x), ModelState(tuple(states), position)
 
     def init_state(self, batch_size: int) -> ModelState:
