@@ -55,6 +55,18 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def empty_like(x: Tensor | None, q: Tensor) -> Tensor:
+    """Contiguous memory for what has the shape of x; without an x, no elements, but q's batch, as vmap needs it."""
+    if x is None:
+        return q.new_empty(q.shape[0], 0)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def precision(x: Tensor) -> str:
+    """Of the products of x in a kernel. Three tf32 products are as good as one in fp32; 16 bits have nothing to lose."""
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
+
+
 def fold_batch(op: Any) -> None:
     """Give the custom op a rule for vmap: the new axis is folded into the first axis of every tensor argument.
 
@@ -70,6 +82,8 @@ def fold_batch(op: Any) -> None:
             return x.flatten(0, 1)
 
         results = op(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
+        if isinstance(results, Tensor):
+            return results.unflatten(0, (info.batch_size, -1)), 0
         results = tuple(r.unflatten(0, (info.batch_size, r.shape[0] // info.batch_size)) for r in results)
         return results, (0,) * len(results)
 
