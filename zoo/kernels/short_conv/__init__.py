@@ -9,7 +9,7 @@ from zoo.errors import UnsupportedError
 from zoo.kernels.backend import backend
 from zoo.kernels.shapes import check_shapes
 
-IMPLS = ("reference", "chunked")
+IMPLS = ("reference", "chunked", "triton")
 MAX_WIDTH = 8
 
 
@@ -34,7 +34,7 @@ def short_conv(
         activation: None or "silu".
         initial_state: (B, W-1, D), the W-1 inputs before x in time order; None: zeros.
         return_state: False: the cache is not made, and None is returned for it.
-        impl: "reference", "chunked" or None (by device).
+        impl: "reference", "chunked", "triton" or None (by device).
 
     Returns:
         y (B, T, D) in x's dtype, summed in fp32 (fp64 for fp64), and the cache (B, W-1, D): the last W-1 inputs in
