@@ -11,7 +11,7 @@ from zoo.errors import UnsupportedError
 from zoo.kernels.backend import backend
 from zoo.kernels.shapes import check_shapes
 
-IMPLS = ("reference", "chunked")
+IMPLS = ("reference", "chunked", "triton")
 
 
 class AnswerLoss(NamedTuple):
@@ -34,7 +34,7 @@ def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor, *, impl: str | 
         hidden: (M, D).
         weight: (V, D), the head.
         answers: (M,) int64 in [0, V), or -100 for a row to ignore.
-        impl: "reference", "chunked", or None to choose by device.
+        impl: "reference", "chunked", "triton", or None to choose by device.
 
     Returns:
         loss (M,) in fp32 (fp64 for fp64 hidden), 0 where ignored; prediction (M,) int64, in every row.

@@ -1,0 +1,156 @@
+"""Tiles of logits: made from rows of hidden and rows of the head, used, and dropped.
+
+The forward and both gradients walk one axis of the (M, V) logits in steps, each program a part of that axis.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from zoo.kernels.tiles import LOG2E, load_rows, store_rows
+
+
+@triton.jit
+def forward_kernel(
+    hidden, weight, answers, largest, total, at_answer, best, M, V, part, steps, parts, hidden_g, hidden_m,
+    weight_g, weight_v, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program a group, ROWS rows and `steps` blocks of COLUMNS tokens; results (parts, groups, M), `part` apart.
+
+    largest: the largest logit, in units of log2; total: the sum of 2^(logit - largest); at_answer: the answer's logit
+    where it is among these tokens, else 0; best: the first token with the largest logit.
+    """
+    blocks = tl.cdiv(M, ROWS)
+    m = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    piece = tl.program_id(0) // blocks % parts
+    group = tl.cast(tl.program_id(0) // (blocks * parts), tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    b_hidden = load_rows(hidden + group * hidden_g, m.to(tl.int64), hidden_m, m < M, d, D, BLOCK_D)
+    answer = tl.load(answers + group * M + m, mask=m < M, other=-1)
+    weight += group * weight_g
+    b_largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    b_total = tl.zeros((ROWS,), tl.float32)
+    b_answer = tl.zeros((ROWS,), tl.float32)
+    b_best = tl.zeros((ROWS,), tl.int32)
+    for i in range(piece * steps, tl.minimum((piece + 1) * steps, tl.cdiv(V, COLUMNS))):
+        v = i * COLUMNS + tl.arange(0, COLUMNS)
+        b_weight = load_rows(weight, v.to(tl.int64), weight_v, v < V, d, D, BLOCK_D)
+        logits = tl.dot(b_hidden, tl.trans(b_weight), input_precision=PRECISION) * LOG2E
+        logits = tl.where((v < V)[None, :], logits, float("-inf"))
+        b_answer += tl.sum(tl.where(v[None, :] == answer[:, None], logits, 0.0), 1)
+        highest = tl.max(logits, 1)
+        token = tl.min(tl.where(logits == highest[:, None], v[None, :], V), 1)
+        b_best = tl.where(highest > b_largest, token, b_best)
+        highest = tl.maximum(highest, b_largest)
+        b_total = b_total * tl.exp2(b_largest - highest) + tl.sum(tl.exp2(logits - highest[:, None]), 1)
+        b_largest = highest
+    at = tl.cast(piece, tl.int64) * part + group * M + m
+    tl.store(largest + at, b_largest, mask=m < M)
+    tl.store(total + at, b_total, mask=m < M)
+    tl.store(at_answer + at, b_answer, mask=m < M)
+    tl.store(best + at, b_best, mask=m < M)
+
+
+@triton.jit
+def combine_kernel(
+    largest, total, at_answer, best, answers, loss, log_sum, prediction, part, parts, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows a program: the parts' results to loss, prediction, and log_sum in units of log2."""
+    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < part
+    b_largest = tl.load(largest + at, mask=live, other=0.0)
+    b_total = tl.load(total + at, mask=live, other=1.0)
+    b_answer = tl.load(at_answer + at, mask=live, other=0.0)
+    b_best = tl.load(best + at, mask=live, other=0)
+    for i in range(1, parts):
+        other = at + tl.cast(i, tl.int64) * part
+        highest = tl.load(largest + other, mask=live, other=0.0)
+        b_best = tl.where(highest > b_largest, tl.load(best + other, mask=live, other=0), b_best)
+        shared = tl.maximum(highest, b_largest)
+        b_total *= tl.exp2(b_largest - shared)
+        b_total += tl.load(total + other, mask=live, other=1.0) * tl.exp2(highest - shared)
+        b_largest = shared
+        b_answer += tl.load(at_answer + other, mask=live, other=0.0)
+    b_log_sum = b_largest + tl.log2(b_total)
+    b_loss = tl.where(tl.load(answers + at, mask=live, other=-1) >= 0, (b_log_sum - b_answer) / LOG2E, 0.0)
+    tl.store(loss + at, b_loss, mask=live)
+    tl.store(log_sum + at, b_log_sum, mask=live)
+    tl.store(prediction + at, b_best.to(tl.int64), mask=live)
+
+
+@triton.jit
+def gradient(
+    x, x_n, y, y_n, answers, log_sum, dloss, out, block, first, last, X, Y, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, OF_HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCK_X rows of x, hidden (OF_HIDDEN) or the head, the part that blocks first..last of the other, y, give."""
+    n = block * BLOCK_X + tl.arange(0, BLOCK_X)
+    d = tl.arange(0, BLOCK_D)
+    b_x = load_rows(x, n.to(tl.int64), x_n, n < X, d, D, BLOCK_D)
+    if OF_HIDDEN:
+        answer = tl.load(answers + n, mask=n < X, other=-1)[:, None]
+        b_log_sum = tl.load(log_sum + n, mask=n < X, other=0.0)[:, None]
+        scale = tl.load(dloss + n, mask=n < X, other=0.0)[:, None]
+        scale = tl.where(answer >= 0, scale, 0.0)
+    total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
+    for i in range(first, last):
+        k = i * BLOCK_Y + tl.arange(0, BLOCK_Y)
+        b_y = load_rows(y, k.to(tl.int64), y_n, k < Y, d, D, BLOCK_D)
+        logits = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION) * LOG2E
+        if OF_HIDDEN:
+            # Tokens past the vocabulary have a weight of zero here.
+            slope = tl.exp2(logits - b_log_sum) - (k[None, :] == answer).to(tl.float32)
+        else:
+            answer = tl.load(answers + k, mask=k < Y, other=-1)[None, :]
+            b_log_sum = tl.load(log_sum + k, mask=k < Y, other=0.0)[None, :]
+            scale = tl.load(dloss + k, mask=k < Y, other=0.0)[None, :]
+            slope = tl.exp2(logits - b_log_sum) - (n[:, None] == answer).to(tl.float32)
+            slope *= tl.where(answer >= 0, scale, 0.0)
+        if b_y.dtype == tl.float16:
+            # Slopes can be smaller than fp16 has numbers; tf32 has its precision and the range.
+            total = tl.dot(slope, b_y.to(tl.float32), total, input_precision="tf32")
+        else:
+            total = tl.dot(slope.to(b_y.dtype), b_y, total, input_precision=PRECISION)
+    if OF_HIDDEN:
+        total *= scale
+    store_rows(out, total, n.to(tl.int64), D, n < X, d, D, BLOCK_D)
+
+
+@triton.jit
+def backward_kernel(
+    hidden, weight, answers, log_sum, dloss, dhidden, dweight, M, V, groups, hidden_steps, hidden_parts, weight_steps,
+    weight_parts, hidden_g, hidden_m, weight_g, weight_v, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program a group and a part of the gradient of ROWS rows, of hidden or of the head.
+
+    dhidden (hidden_parts, groups, M, D), dweight (weight_parts, groups, V, D): parts to be summed.
+    """
+    hidden_blocks = tl.cdiv(M, ROWS)
+    weight_blocks = tl.cdiv(V, ROWS)
+    of_hidden = hidden_blocks * hidden_parts
+    programs = of_hidden + weight_blocks * weight_parts
+    group = tl.cast(tl.program_id(0) // programs, tl.int64)
+    role = tl.program_id(0) % programs
+    hidden += group * hidden_g
+    weight += group * weight_g
+    answers += group * M
+    log_sum += group * M
+    dloss += group * M
+    if role < of_hidden:
+        piece = role // hidden_blocks
+        gradient(
+            hidden, hidden_m, weight, weight_v, answers, log_sum, dloss, dhidden + (piece * groups + group) * M * D,
+            role % hidden_blocks, piece * hidden_steps, tl.minimum((piece + 1) * hidden_steps, tl.cdiv(V, COLUMNS)),
+            M, V, D, BLOCK_D, ROWS, COLUMNS, True, PRECISION,
+        )  # fmt: skip
+    else:
+        role -= of_hidden
+        piece = role // weight_blocks
+        gradient(
+            weight, weight_v, hidden, hidden_m, answers, log_sum, dloss, dweight + (piece * groups + group) * V * D,
+            role % weight_blocks, piece * weight_steps, tl.minimum((piece + 1) * weight_steps, tl.cdiv(M, COLUMNS)),
+            V, M, D, BLOCK_D, ROWS, COLUMNS, False, PRECISION,
+        )  # fmt: skip

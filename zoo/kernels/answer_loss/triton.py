@@ -1,0 +1,136 @@
+"""The fused head: logits exist a tile at a time, in the forward and, made again, in both gradients.
+
+Every tensor of the custom ops has the groups, heads with rows of their own, as its first axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from zoo.errors import UnsupportedError
+from zoo.kernels.answer_loss import kernels
+from zoo.kernels.launch import Config, check_launch, configured, fold_batch, padded, rows
+
+LARGEST_HIDDEN = 512
+# Enough to occupy a GPU of 132 multiprocessors, and not so many that the parts cost more than they gain.
+PROGRAMS = 256
+COMBINE_ROWS = 256
+
+
+def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    check_launch("answer_loss", hidden, weight)
+    if hidden.shape[1] > LARGEST_HIDDEN:
+        raise UnsupportedError(
+            f"answer_loss: hidden has {hidden.shape[1]} channels; the Triton backend has up to {LARGEST_HIDDEN}. "
+            "Pass impl='chunked'."
+        )
+    if hidden.shape[0] == 0:
+        # As a sum over no rows, so that the gradients exist.
+        return hidden.sum(1).float() + 0 * weight.sum(), answers
+    loss, prediction, _ = torch.ops.zoo.answer_loss(hidden[None], weight[None], answers[None])
+    return loss[0], prediction[0]
+
+
+@torch.library.custom_op("zoo::answer_loss", mutates_args=())
+def _forward(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, prediction and, in units of log2, the log of the sum of exponentials: (groups, M)."""
+    groups, M, D = hidden.shape
+    V = weight.shape[1]
+    # Products are in the dtype of hidden, which is what autocast casts.
+    hidden, weight = rows(hidden), rows(weight.to(hidden.dtype))
+    config = configured("answer_loss.forward", config_of, hidden)
+    blocks = groups * triton.cdiv(M, config.chunk)
+    steps, parts = _split(blocks, triton.cdiv(V, config.block))
+    sums = torch.empty(3, parts, groups, M, dtype=torch.float32, device=hidden.device)
+    best = torch.empty(parts, groups, M, dtype=torch.int32, device=hidden.device)
+    answers = answers.contiguous()
+    kernels.forward_kernel[(blocks * parts,)](
+        hidden, weight, answers, *sums, best, M, V, groups * M, steps, parts,
+        *hidden.stride()[:2], *weight.stride()[:2],
+        D=D, BLOCK_D=padded(D), ROWS=config.chunk, COLUMNS=config.block, PRECISION=_precision(hidden),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    loss, log_sum = (torch.empty(groups, M, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    prediction = torch.empty_like(answers)
+    kernels.combine_kernel[(triton.cdiv(groups * M, COMBINE_ROWS),)](
+        *sums, best, answers, loss, log_sum, prediction, groups * M, parts, BLOCK=COMBINE_ROWS
+    )
+    return loss, prediction, log_sum
+
+
+@_forward.register_fake
+def _(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    loss, log_sum = (hidden.new_empty(answers.shape, dtype=torch.float32) for _ in range(2))
+    return loss, answers.new_empty(answers.shape), log_sum
+
+
+@torch.library.custom_op("zoo::answer_loss_backward", mutates_args=())
+def _backward(hidden: Tensor, weight: Tensor, answers: Tensor, log_sum: Tensor, dloss: Tensor) -> tuple[Tensor, Tensor]:
+    groups, M, D = hidden.shape
+    V = weight.shape[1]
+    hidden, head = rows(hidden), rows(weight.to(hidden.dtype))
+    config = configured("answer_loss.backward", config_of, hidden)
+    hidden_blocks, weight_blocks = triton.cdiv(M, config.chunk), triton.cdiv(V, config.chunk)
+    hidden_steps, hidden_parts = _split(groups * hidden_blocks, triton.cdiv(V, config.block))
+    weight_steps, weight_parts = _split(groups * weight_blocks, triton.cdiv(M, config.block))
+
+    def parts(number: int, like: Tensor) -> Tensor:
+        dtype = like.dtype if number == 1 else torch.float32
+        return torch.empty(number, *like.shape, dtype=dtype, device=like.device)
+
+    dhidden, dweight = parts(hidden_parts, hidden), parts(weight_parts, weight)
+    kernels.backward_kernel[(groups * (hidden_blocks * hidden_parts + weight_blocks * weight_parts),)](
+        hidden, head, answers.contiguous(), log_sum, dloss.contiguous(), dhidden, dweight, M, V, groups,
+        hidden_steps, hidden_parts, weight_steps, weight_parts, *hidden.stride()[:2], *head.stride()[:2],
+        D=D, BLOCK_D=padded(D), ROWS=config.chunk, COLUMNS=config.block, PRECISION=_precision(hidden),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return _sum(dhidden, hidden), _sum(dweight, weight)
+
+
+@_backward.register_fake
+def _(hidden: Tensor, weight: Tensor, answers: Tensor, log_sum: Tensor, dloss: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(*inputs, output[2])
+
+
+def _gradients(ctx: Any, dloss: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, None]:
+    hidden, weight, answers, log_sum = ctx.saved_tensors
+    return *torch.ops.zoo.answer_loss_backward(hidden, weight, answers, log_sum, dloss), None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+fold_batch(_forward)
+fold_batch(_backward)
+
+
+def config_of(hidden: Tensor) -> Config:
+    """chunk: rows that a program keeps; block: rows of the other side that it meets at a time."""
+    widest = padded(hidden.shape[-1])
+    if hidden.dtype == torch.float32:
+        return Config(chunk=32, block=32, num_warps=4, num_stages=1)
+    # Fewer than 64 rows for 4 warps: more are miscompiled in places on Hopper.
+    return Config(chunk=32, block=128 if widest <= 128 else 64, num_warps=4, num_stages=3 if widest <= 128 else 2)
+
+
+def _split(blocks: int, steps: int) -> tuple[int, int]:
+    """Steps of a part, and parts, so that there are about PROGRAMS programs."""
+    each = triton.cdiv(steps, min(steps, max(1, PROGRAMS // blocks)))
+    return each, triton.cdiv(steps, each)
+
+
+def _sum(parts: Tensor, like: Tensor) -> Tensor:
+    return parts.squeeze(0) if len(parts) == 1 else parts.sum(0).to(like.dtype)
+
+
+def _precision(x: Tensor) -> str:
+    """Three tf32 products are as good as one in fp32; 16-bit operands have nothing to lose."""
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
