@@ -226,8 +226,8 @@ def backward_kernel(
     until_now = row[:, None] <= row[None, :]
     square = row[:, None] * C + row[None, :]
     for back in range(chunks):
-        chunk = tl.cast(chunks - 1 - back, tl.int64)
-        at = chunk * C
+        chunk = chunks - 1 - back
+        at = tl.cast(chunk, tl.int64) * C
         live = at + row < T
         b_q = load_rows(decayed + at * K, row, K, live, i, K, BLOCK_K)
         b_a = load_rows(decayed + size + at * K, row, K, live, i, K, BLOCK_K)
@@ -240,8 +240,8 @@ def backward_kernel(
         b_Ak = load_square(scores + at * 4 * C + C * C, C)
         b_Pb = load_square(scores + at * 4 * C + 2 * C * C, C)
         b_Pk = load_square(scores + at * 4 * C + 3 * C * C, C)
-        b_S = tl.load(states + chunk * BLOCK * BLOCK_K + tile)
-        total = tl.load(totals + chunk * K + i, mask=i < K, other=0.0)
+        b_S = tl.load(states + tl.cast(chunk, tl.int64) * BLOCK * BLOCK_K + tile)
+        total = tl.load(totals + tl.cast(chunk, tl.int64) * K + i, mask=i < K, other=0.0)
 
         now = dS.to(dtype)
         du = tl.dot(now, tl.trans(b_b), input_precision=PRECISION)
@@ -273,7 +273,7 @@ def backward_kernel(
         store_rows(d_decayed + size + at * K, da, row, K, live, i, K, BLOCK_K)
         store_rows(d_decayed + 2 * size + at * K, db, row, K, live, i, K, BLOCK_K)
         store_rows(d_decayed + 3 * size + at * K, dk, row, K, live, i, K, BLOCK_K)
-        tl.store(across + chunk * K + i, tl.sum(dS * b_S, 0) * total, mask=i < K)
+        tl.store(across + tl.cast(chunk, tl.int64) * K + i, tl.sum(dS * b_S, 0) * total, mask=i < K)
 
         dS *= total[None, :]
         dS = tl.dot(tl.trans(b_do), b_q, dS, input_precision=PRECISION)
