@@ -29,8 +29,7 @@ class DeltaNet(RecurrentMixer):
         S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   beta_t = sigmoid(W_b x_t)
         q, k, v = silu(conv(W_qkv x));   q and k have length 1, q is then scaled by 1/sqrt(K)
 
-    Projections have no biases and start as N(0, 0.02^2), the convolution as torch's Conv1d, w = 1: as in the published
-    MQAR runs.
+    Projections have no biases. Initialised as in the authors' layer, by torch's defaults for Linear and Conv1d, w = 1.
     """
 
     class Config(RecurrentMixer.Config):
@@ -57,8 +56,6 @@ class DeltaNet(RecurrentMixer):
         self.beta = nn.Linear(D, H, bias=False)
         self.norm_weight = nn.Parameter(torch.ones(self.value_dim))
         self.out = nn.Linear(values, D, bias=False)
-        for linear in (self.qkv, self.beta, self.out):
-            nn.init.normal_(linear.weight, std=0.02)
 
     def init_state(self, batch_size: int) -> DeltaNetState:
         weight, config = self.out.weight, self.config

@@ -20,7 +20,7 @@ class GatedDeltaNet(DeltaNet):
         S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
         log alpha_t = -exp(A) softplus(W_a x_t + b);   y_t = W_o [RMSNorm(S_t^T q_t) w * silu(W_g x_t)]
 
-    Initialised like `DeltaNet`; exp(A) uniform up to 16 and softplus(b) log-uniform in [0.001, 0.1], as in Mamba-2.
+    Initialised like `DeltaNet`, with exp(A) uniform up to 16 and softplus(b) log-uniform in [0.001, 0.1].
     """
 
     class Config(DeltaNet.Config):
@@ -41,9 +41,6 @@ class GatedDeltaNet(DeltaNet):
         self.gate = nn.Linear(D, self.splits[2], bias=False) if config.gate else None
         for parameter in (self.A_log, self.dt_bias):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
-        for linear in (self.alpha, self.gate):
-            if linear is not None:
-                nn.init.normal_(linear.weight, std=0.02)
 
     def decay(self, x: Tensor) -> Tensor:
         return -self.A_log.exp() * F.softplus(self.alpha(x).to(state_dtype(x.dtype)) + self.dt_bias)
