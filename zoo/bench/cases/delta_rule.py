@@ -80,11 +80,12 @@ def _rwkv7_bounded() -> Op:
 
 def _configs(shape: Shape, op: str) -> dict[str, list[Config]]:
     if op == "delta_rule":
-        tried = ["32 64 2 1", "32 64 2 2", "32 64 4 2", "32 32 2 2", "32 32 1 2", "16 64 2 2", "64 64 4 2", "64 32 2 2"]
+        tried = ["32 32 2 1", "32 32 2 2", "32 64 2 1", "32 64 4 1", "32 64 4 2", "32 32 4 1", "16 32 2 1", "16 32 2 2"]
+        tried += ["16 64 2 1", "16 64 4 1", "16 16 2 1"]
     else:
-        tried = ["16 64 2 1", "16 64 2 2", "16 64 4 2", "16 32 2 2", "16 32 1 2", "32 64 2 2", "32 32 2 2"]
+        tried = ["16 64 2 1", "16 64 2 2", "16 64 4 1", "16 32 2 1", "16 32 2 2", "16 16 2 1", "16 32 4 1", "32 32 2 1"]
     configs = [Config(*map(int, c.split())) for c in tried]
-    each_chunk = [Config(0, 0, num_warps, 1) for num_warps in (1, 2, 4)]
+    each_chunk = [Config(0, 0, num_warps, 1) for num_warps in (1, 2, 4, 8)]
     kernels = {f"{op}.forward": configs, f"{op}.backward": configs, f"{op}.prepare": each_chunk}
     return kernels if op == "delta_rule" else kernels | {f"{op}.finish": each_chunk}
 

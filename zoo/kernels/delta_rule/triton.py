@@ -84,7 +84,7 @@ def _delta(
     q, k, v = rows(q), rows(k), rows(v)
     o, w = _empty_like(v, q), _empty_like(v, q)
     last = torch.empty(_state_shape(q, v, return_state), dtype=torch.float32, device=q.device)
-    config = configured("delta_rule.forward", scalar_config, q, v)
+    config = configured("delta_rule.forward", scalar_forward_config, q, v)
     squares = _delta_squares(q, k, beta, decay, config.chunk)
     block = min(config.block, padded(V))
     g = beta if decay is None else decay
@@ -127,7 +127,7 @@ def _delta_backward(
     B, T, H, K = q.shape
     V = v.shape[-1]
     q, k, do, w = rows(q), rows(k), rows(do), w.contiguous()
-    config = configured("delta_rule.backward", scalar_config, q, v)
+    config = configured("delta_rule.backward", walk_config, q, v)
     squares = _delta_squares(q, k, beta, decay, config.chunk)
     block = min(config.block, padded(V))
     blocks = triton.cdiv(V, block)
@@ -179,7 +179,7 @@ def _generalized(
     v = rows(v)
     o, u = _empty_like(v, q), _empty_like(v, q)
     last = torch.empty(_state_shape(q, v, return_state), dtype=torch.float32, device=q.device)
-    config = configured("generalized_delta_rule.forward", channel_config, q, v)
+    config = configured("generalized_delta_rule.forward", walk_config, q, v)
     decayed, scores, totals = _generalized_chunks(q, k, a, b, decay, config.chunk)
     block = min(config.block, padded(V))
     channel_kernels.forward_kernel[(B * H * triton.cdiv(V, block),)](
@@ -224,7 +224,7 @@ def _generalized_backward(
     B, T, H, K = q.shape
     V = v.shape[-1]
     q, k, v, a, b, do, u = rows(q), rows(k), rows(v), rows(a), rows(b), rows(do), u.contiguous()
-    config = configured("generalized_delta_rule.backward", channel_config, q, v)
+    config = configured("generalized_delta_rule.backward", walk_config, q, v)
     C = config.chunk
     decayed, scores, totals = _generalized_chunks(q, k, a, b, decay, C)
     block = min(config.block, padded(V))
@@ -305,23 +305,20 @@ for _op in (_delta, _delta_backward, _generalized, _generalized_backward):
     fold_batch(_op)
 
 
-def scalar_config(q: Tensor, v: Tensor) -> Config:
+def walk_config(q: Tensor, v: Tensor) -> Config:
+    """Wider blocks or longer chunks spill registers; with four warps come the products that Triton miscompiles."""
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
-    if q.dtype == torch.float32:
-        return Config(chunk=16, block=32 if widest <= 128 else 16, num_warps=2, num_stages=1)
-    return Config(chunk=32, block=64 if widest <= 64 else 32, num_warps=2, num_stages=2)
+    return Config(chunk=16, block=32 if widest <= 128 else 16, num_warps=2, num_stages=1)
 
 
-def channel_config(q: Tensor, v: Tensor) -> Config:
-    widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
-    if q.dtype == torch.float32:
-        return Config(chunk=16, block=32 if widest <= 128 else 16, num_warps=2, num_stages=1)
-    return Config(chunk=16, block=64 if widest <= 64 else 32, num_warps=2, num_stages=2)
+def scalar_forward_config(q: Tensor, v: Tensor) -> Config:
+    config = walk_config(q, v)
+    return config if q.dtype == torch.float32 else config._replace(chunk=32, num_stages=2)
 
 
 def prepare_config(q: Tensor, chunk: int) -> Config:
     """For the kernels of one program per chunk, whose lengths are those of the walks."""
-    return Config(chunk=chunk, block=padded(q.shape[-1]), num_warps=1 if q.shape[-1] <= 32 else 2, num_stages=1)
+    return Config(chunk=chunk, block=padded(q.shape[-1]), num_warps=1 if q.shape[-1] <= 32 else 4, num_stages=1)
 
 
 def _delta_squares(q: Tensor, k: Tensor, beta: Tensor, decay: Tensor | None, C: int) -> Tensor:
