@@ -9,18 +9,24 @@ import pytest
 import torch
 
 from tests.triton_cases import LENGTHS, inputs
+from zoo.kernels.launch import Config
+from zoo.kernels.long_conv import long_conv
 from zoo.kernels.short_conv import short_conv
 from zoo.testing.ops import check_op
 from zoo.testing.tolerances import TOLERANCES
 
 pytest.importorskip("triton")
 short_triton = importlib.import_module("zoo.kernels.short_conv.triton")
+long_triton = importlib.import_module("zoo.kernels.long_conv.triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter, which has no GPU")
 FP32 = {op: TOLERANCES[op][torch.float32] for op in ("short_conv", "long_conv")}
 SHORT = {"x": "BTD", "weight": "DW", "bias": "D", "initial_state": "BPD"}
+LONG = {"u": "BTD", "kernel": "DL", "skip": "D", "gate": "BTD", "past": "BPD"}
 
 short_reference = partial(short_conv, impl="reference")
 short_fused = partial(short_conv, impl="triton")
+long_reference = partial(long_conv, impl="reference")
+long_fused = partial(long_conv, impl="triton")
 
 
 def short_inputs(T, D=3, W=4, B=2, seed=0, without=()):
@@ -82,4 +88,59 @@ def test_short_conv_under_vmap():
     together = torch.autograd.grad(torch.func.vmap(run)(*stacked).square().sum(), stacked)
     for i, pack in enumerate(packs):
         for got, want in zip(together, torch.autograd.grad(run(*pack).square().sum(), pack), strict=True):
+            torch.testing.assert_close(got[i], want)
+
+
+def long_inputs(T, L=None, P=5, D=2, B=2, seed=0, without=()):
+    shapes = {name: letters for name, letters in LONG.items() if name not in without}
+    return inputs(T, shapes, B=B, D=D, L=T if L is None else L, P=P, seed=seed)
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_long_conv(T):
+    check_op(long_reference, long_fused, long_inputs(T, without=("past",)), FP32["long_conv"])
+    check_op(long_reference, long_fused, long_inputs(T, L=T + 9, B=1, seed=1, without=("gate",)), FP32["long_conv"])
+
+
+@pytest.mark.parametrize(("T", "L", "P", "B"), [(40, 1, 70, 1), (1, 50, 49, 1), (70, 33, 31, 1), (5, 90, 64, 33)])
+def test_long_conv_of_other_lengths(T, L, P, B):
+    """Kernels shorter and longer than what they meet; few outputs for a long past; more sequences than a block."""
+    check_op(long_reference, long_fused, long_inputs(T, L, P, D=1, B=B, without=("skip",)), FP32["long_conv"])
+
+
+def test_long_conv_beyond_the_direct_form(monkeypatch):
+    monkeypatch.setattr(long_triton, "LONGEST", 16)
+    check_op(long_reference, long_fused, long_inputs(40, P=3), FP32["long_conv"])
+    check_op(long_reference, long_fused, long_inputs(40, L=7, without=("gate", "skip", "past")), FP32["long_conv"])
+
+
+def test_long_conv_takes_strided_inputs_in_many_parts(monkeypatch):
+    monkeypatch.setattr(long_triton, "pairs_config", lambda x: Config(16, 16, 1, 1))
+    a = long_inputs(20, B=40, without=("past",))
+    wide = torch.randn(40, 20, 9, generator=torch.Generator().manual_seed(2))
+    a |= {"u": wide[..., 1:3].requires_grad_(), "gate": wide[..., 4:6].requires_grad_()}
+    check_op(long_reference, long_fused, a, FP32["long_conv"])
+
+
+def test_long_conv_is_exactly_causal():
+    a = long_inputs(40)
+    y = long_fused(**a)
+    a["u"] = torch.cat([a["u"][:, :25], torch.full_like(a["u"][:, 25:], 1e30)], dim=1)
+    assert torch.equal(long_fused(**a)[:, :25], y[:, :25])
+
+
+def test_long_conv_is_a_sound_custom_op():
+    a = long_inputs(5, without=("past",))
+    u, kernel, skip, gate = (a[n].detach() for n in ("u", "kernel", "skip", "gate"))
+    u, kernel, skip, gate = (x.requires_grad_() for x in (u, kernel[None], skip[None], gate))
+    for extra in ((None, None, 5), (skip, gate[:, :3].detach(), 3)):
+        torch.library.opcheck(long_triton._forward, (u, kernel, *extra))
+
+
+def test_long_conv_under_vmap():
+    packs = [list(long_inputs(9, seed=seed, without=("past",)).values()) for seed in (0, 1)]
+    stacked = [torch.stack(x).detach().requires_grad_() for x in zip(*packs, strict=True)]
+    together = torch.autograd.grad(torch.func.vmap(long_fused)(*stacked).square().sum(), stacked)
+    for i, pack in enumerate(packs):
+        for got, want in zip(together, torch.autograd.grad(long_fused(*pack).square().sum(), pack), strict=True):
             torch.testing.assert_close(got[i], want)

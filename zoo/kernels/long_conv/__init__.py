@@ -9,7 +9,7 @@ from zoo.errors import UnsupportedError
 from zoo.kernels.backend import backend
 from zoo.kernels.shapes import check_shapes
 
-IMPLS = ("reference", "chunked")
+IMPLS = ("reference", "chunked", "triton")
 
 
 def long_conv(
@@ -29,7 +29,7 @@ def long_conv(
         skip: (D,).
         gate: (B, T, D).
         past: (B, P, D), the inputs before u in time order, all that a decode has to keep; None: none.
-        impl: "reference", "chunked" or None (by device).
+        impl: "reference", "chunked", "triton" or None (by device).
 
     Returns:
         y (B, T, D) in u's dtype, summed in fp32 (fp64 for fp64).

@@ -1,0 +1,152 @@
+"""A causal convolution as a product with a Toeplitz matrix, a channel at a time.
+
+The products need time as their contiguous axis, the model has channels there: `turn_kernel` goes from one to the other
+and does the gating on the way. With p the absolute time of an output and q of an input,
+
+    y_p = sum_q kernel[p - q] u_q       du_q = sum_p kernel[p - q] dy_p       dkernel[l] = sum_p dy_p u_{p-l}
+
+The rows of the products are sequences. For dkernel their sum is taken: the C x C matrices dy_p u_q of all blocks of
+p and q at one distance add up to one, which `diagonals_kernel` sums along its diagonals.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def turn_kernel(
+    x, gate, dy, out, dgate, T, x_b, x_t, gate_b, gate_t, dy_b, dy_t,
+    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+    TO_TIME: tl.constexpr, GATED: tl.constexpr, GATE_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """x (B, T, D) to out (B, D, T) if TO_TIME, else x (B, D, T) to out (B, T, D); times gate (B, T, D) if GATED.
+
+    With GATE_GRADIENT, dgate (B, T, D) = dy x and out = dy gate instead: x has time last, and out as well.
+    """
+    blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
+    d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    chunks = tl.cdiv(T, C)
+    t = tl.program_id(0) // blocks % chunks * C + tl.cast(tl.arange(0, C), tl.int64)
+    b = tl.cast(tl.program_id(0) // (blocks * chunks), tl.int64)
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    turned = b * T * D + d[:, None] * tl.cast(T, tl.int64) + t[None, :]
+    turned_inside = (d < D)[:, None] & (t < T)[None, :]
+    straight = b * T * D + t[:, None] * D + d[None, :]
+    if GATE_GRADIENT or not TO_TIME:
+        values = tl.trans(tl.load(x + turned, mask=turned_inside, other=0.0).to(tl.float32))
+    else:
+        values = tl.load(x + b * x_b + t[:, None] * x_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    if GATE_GRADIENT:
+        b_dy = tl.load(dy + b * dy_b + t[:, None] * dy_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(dgate + straight, (values * b_dy).to(dgate.dtype.element_ty), mask=inside)
+        values = b_dy
+    if GATED:
+        values *= tl.load(gate + b * gate_b + t[:, None] * gate_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    values = values.to(out.dtype.element_ty)
+    if TO_TIME:
+        tl.store(out + turned, tl.trans(values), mask=turned_inside)
+    else:
+        tl.store(out + straight, values, mask=inside)
+
+
+@triton.jit
+def convolve_kernel(
+    x, kernel, skip, out, X, Y, L, past, batch, kernel_g, kernel_d,
+    D: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_SKIP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out (groups, batch, D, Y) from x (groups, batch, D, X); one program a channel, ROWS sequences, C times of out.
+
+    Output p is at absolute time past + p. REVERSE: x is the gradient of the outputs and out that of the inputs.
+    """
+    dtype = x.dtype.element_ty
+    times = tl.cdiv(Y, C)
+    row_blocks = tl.cdiv(batch, ROWS)
+    start = tl.program_id(0) % times * C
+    # Neighbours share a channel's kernel.
+    rest = tl.program_id(0) // times
+    row = rest % row_blocks * ROWS + tl.arange(0, ROWS)
+    rest = tl.cast(rest // row_blocks, tl.int64)
+    d, group = rest % D, rest // D
+    kernel += group * kernel_g + d * kernel_d
+    sequence = (group * batch + row) * D + d
+    i = tl.arange(0, C)
+    out_time = start + i
+    if REVERSE:
+        out_time -= past
+        first = tl.maximum(start - past, 0)
+        last = tl.minimum(start - past + C + L - 1, X)
+    else:
+        out_time += past
+        first = tl.maximum(start + past - L + 1, 0)
+        last = tl.minimum(start + past + C, X)
+    first = first // C * C
+    if HAS_SKIP:
+        b_skip = tl.load(skip + group * D + d).to(tl.float32)
+    total = tl.zeros((ROWS, C), tl.float32)
+    for at in range(first, last, C):
+        time = at + i
+        inside = (row < batch)[:, None] & (time < X)[None, :]
+        b_x = tl.load(x + sequence[:, None] * X + time[None, :], mask=inside, other=0.0)
+        lag = out_time[None, :] - time[:, None]
+        if REVERSE:
+            lag = -lag
+        toeplitz = tl.load(kernel + lag, mask=(lag >= 0) & (lag < L), other=0.0)
+        if HAS_SKIP:
+            toeplitz = toeplitz.to(tl.float32) + tl.where(lag == 0, b_skip, 0.0)
+        total = tl.dot(b_x, toeplitz.to(dtype), total, input_precision=PRECISION)
+    inside = (row < batch)[:, None] & (start + i < Y)[None, :]
+    tl.store(out + sequence[:, None] * Y + (start + i)[None, :], total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def pairs_kernel(
+    dy, u, pairs, Y, U, past, batch, distances, parts, steps,
+    D: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """pairs (groups, D, distances, parts, C, C): dy_p u_q where p - q = distance * C + row - column, summed.
+
+    One program a channel, distance and part of the sequences: `steps` blocks of ROWS of them.
+    """
+    part = tl.program_id(0) % parts
+    rest = tl.program_id(0) // parts
+    distance = rest % distances
+    rest = tl.cast(rest // distances, tl.int64)
+    d, group = rest % D, rest // D
+    i = tl.arange(0, C)
+    total = tl.zeros((C, C), tl.float32)
+    # The first block of p that reaches an input.
+    for p in range(tl.maximum(distance * C - past - C + 1, 0) // C * C, Y, C):
+        q = p + past - distance * C + i
+        for step in range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(batch, ROWS))):
+            row = step * ROWS + tl.arange(0, ROWS)
+            sequence = (group * batch + row) * D + d
+            inside = (row < batch)[:, None]
+            b_dy = tl.load(dy + sequence[:, None] * Y + (p + i)[None, :], mask=inside & (p + i < Y)[None, :], other=0.0)
+            b_u = tl.load(
+                u + sequence[:, None] * U + q[None, :], mask=inside & ((q >= 0) & (q < U))[None, :], other=0.0
+            )
+            total = tl.dot(tl.trans(b_dy), b_u, total, input_precision=PRECISION)
+    pairs += tl.cast(tl.program_id(0), tl.int64) * C * C
+    tl.store(pairs + i[:, None] * C + i[None, :], total)
+
+
+@triton.jit
+def diagonals_kernel(pairs, dkernel, L, distances, parts, D: tl.constexpr, C: tl.constexpr):
+    """dkernel (groups, D, L): sums of the diagonals of `pairs`. One program a channel and C lags."""
+    blocks = tl.cdiv(L, C)
+    block = tl.program_id(0) % blocks
+    channel = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    pairs += (channel * distances + block) * parts * C * C
+    row = tl.arange(0, C)[:, None]
+    # Lags from row - column = lag at this distance, and from lag - C at the next.
+    column = row - tl.arange(0, C)[None, :]
+    total = tl.zeros((C, C), tl.float32)
+    for part in range(parts):
+        total += tl.load(pairs + part * C * C + row * C + column, mask=column >= 0, other=0.0)
+        beyond = pairs + (parts + part) * C * C + row * C + column + C
+        total += tl.load(beyond, mask=column < 0, other=0.0)
+    lag = block * C + tl.arange(0, C)
+    tl.store(dkernel + channel * L + lag, tl.sum(total, 0), mask=lag < L)

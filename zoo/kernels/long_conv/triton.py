@@ -1,0 +1,179 @@
+"""Up to LONGEST inputs: products with a Toeplitz matrix that exists a tile at a time; beyond: the Fourier transform.
+
+Every tensor of the custom ops has the batch, or the groups that divide the batch evenly and have kernels of their own,
+as its first axis. u, y and the gate are (B, T, D); what the ops keep between them has time last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows
+from zoo.kernels.long_conv import kernels
+
+LONGEST = 2048
+PROGRAMS = 256
+
+
+def long_conv(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, past: Tensor | None) -> Tensor:
+    check_launch("long_conv", u, kernel, skip, gate, past)
+    T = u.shape[1]
+    seen = u if past is None else torch.cat([past.to(u.dtype), u], dim=1)
+    kernel = kernel[:, : seen.shape[1]]
+    if seen.shape[1] > LONGEST:
+        return _fourier(seen, kernel, T, u, skip, gate)
+    skip = None if skip is None else skip[None]
+    return torch.ops.zoo.long_conv(seen, kernel[None], skip, gate, T)[0]
+
+
+def _fourier(seen: Tensor, kernel: Tensor, T: int, u: Tensor, skip: Tensor | None, gate: Tensor | None) -> Tensor:
+    n = seen.shape[1] + kernel.shape[1]
+    product = torch.fft.rfft(seen.float().mT, n=n) * torch.fft.rfft(kernel.float(), n=n)
+    y = torch.fft.irfft(product, n=n)[..., seen.shape[1] - T : seen.shape[1]].mT
+    if skip is not None:
+        y = torch.addcmul(y, u.float(), skip.float())
+    return (y if gate is None else y * gate.float()).to(u.dtype)
+
+
+@torch.library.custom_op("zoo::long_conv", mutates_args=())
+def _forward(
+    u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, T: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The last T outputs (B, T, D); u, and these outputs before the gate, with time last."""
+    B, seen, D = u.shape
+    u = rows(u)
+    turned, ungated = u.new_empty(B, D, seen), u.new_empty(B, D, T)
+    y = u.new_empty(B, T, D)
+    _turn(u, turned, seen, to_time=True)
+    _convolve(turned, kernel, skip, ungated, seen - T, reverse=False)
+    _turn(ungated, y, T, gate=gate)
+    return y, turned, ungated
+
+
+@_forward.register_fake
+def _(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, T: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, seen, D = u.shape
+    return u.new_empty(B, T, D), u.new_empty(B, D, seen), u.new_empty(B, D, T)
+
+
+@torch.library.custom_op("zoo::long_conv_backward", mutates_args=())
+def _backward(
+    turned: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, ungated: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """du, dkernel in fp32, whose first tap is dskip as well, and dgate, without elements if there is no gate."""
+    B, D, seen = turned.shape
+    groups, _, L = kernel.shape
+    T = dy.shape[1]
+    dturned = turned.new_empty(B, D, T)
+    dgate = dy.new_empty(B, 0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+    _turn(rows(dy) if gate is None else ungated, dturned, T, gate=gate, dy=dy, dgate=dgate, to_time=True)
+    du = turned.new_empty(B, seen, D)
+    du_turned = torch.empty_like(turned)
+    _convolve(dturned, kernel, skip, du_turned, seen - T, reverse=True)
+    _turn(du_turned, du, seen)
+
+    config = configured("long_conv.pairs", pairs_config, turned)
+    C = config.chunk
+    distances = triton.cdiv(L, C) + 1
+    blocks = triton.cdiv(B // groups, config.block)
+    steps = triton.cdiv(blocks, min(blocks, max(1, PROGRAMS // (groups * D * distances))))
+    parts = triton.cdiv(blocks, steps)
+    pairs = torch.empty(groups, D, distances, parts, C, C, dtype=torch.float32, device=dy.device)
+    kernels.pairs_kernel[(groups * D * distances * parts,)](
+        dturned, turned, pairs, T, seen, seen - T, B // groups, distances, parts, steps,
+        D=D, ROWS=config.block, C=C, PRECISION=_precision(turned),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    dkernel = torch.empty(groups, D, L, dtype=torch.float32, device=dy.device)
+    kernels.diagonals_kernel[(groups * D * triton.cdiv(L, C),)](pairs, dkernel, L, distances, parts, D=D, C=C)
+    return du, dkernel, dgate
+
+
+@_backward.register_fake
+def _(
+    turned: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, ungated: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, D, seen = turned.shape
+    dgate = dy.new_empty(B, 0) if gate is None else gate.new_empty(gate.shape)
+    return turned.new_empty(B, seen, D), kernel.new_empty(kernel.shape, dtype=torch.float32), dgate
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, kernel, skip, gate, _ = inputs
+    ctx.save_for_backward(output[1], kernel, skip, gate, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return None, None, None, None, None
+    turned, kernel, skip, gate, ungated = ctx.saved_tensors
+    du, dkernel, dgate = torch.ops.zoo.long_conv_backward(turned, kernel, skip, gate, ungated, dy)
+    dskip = None if skip is None else dkernel[..., 0].to(skip.dtype)
+    return du, dkernel.to(kernel.dtype), dskip, None if gate is None else dgate, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+fold_batch(_forward)
+fold_batch(_backward)
+
+
+def convolve_config(x: Tensor) -> Config:
+    """chunk: times of a block; block: sequences, the rows of the product."""
+    if x.dtype == torch.float32:
+        return Config(chunk=32, block=32, num_warps=4, num_stages=1)
+    return Config(chunk=64, block=32, num_warps=4, num_stages=2)
+
+
+def pairs_config(x: Tensor) -> Config:
+    if x.dtype == torch.float32:
+        return Config(chunk=32, block=32, num_warps=4, num_stages=1)
+    return Config(chunk=64, block=64, num_warps=2, num_stages=2)
+
+
+def turn_config(x: Tensor) -> Config:
+    return Config(chunk=64, block=32, num_warps=4, num_stages=1)
+
+
+def _turn(
+    x: Tensor,
+    out: Tensor,
+    T: int,
+    *,
+    gate: Tensor | None = None,
+    dy: Tensor | None = None,
+    dgate: Tensor | None = None,
+    to_time: bool = False,
+) -> None:
+    """Between (B, T, D) and (B, D, T), as `kernels.turn_kernel` has it."""
+    D = out.shape[1] if to_time else out.shape[2]
+    gated = gate is not None
+    gate, dy = (x if M is None else rows(M) for M in (gate, dy))
+    config = configured("long_conv.turn", turn_config, x)
+    kernels.turn_kernel[(len(x) * triton.cdiv(T, config.chunk) * triton.cdiv(D, config.block),)](
+        x, gate, dy, out, out if dgate is None else dgate, T, *x.stride()[:2], *gate.stride()[:2], *dy.stride()[:2],
+        D=D, C=config.chunk, BLOCK=config.block, TO_TIME=to_time, GATED=gated,
+        GATE_GRADIENT=gated and dgate is not None, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _convolve(x: Tensor, kernel: Tensor, skip: Tensor | None, out: Tensor, past: int, *, reverse: bool) -> None:
+    B, D, Y = out.shape
+    kernel = rows(kernel)
+    batch = B // len(kernel)
+    config = configured("long_conv.convolve", convolve_config, x)
+    kernels.convolve_kernel[(B // batch * D * triton.cdiv(batch, config.block) * triton.cdiv(Y, config.chunk),)](
+        x, kernel, x if skip is None else skip.contiguous(), out, x.shape[2], Y, kernel.shape[2], past, batch,
+        *kernel.stride()[:2],
+        D=D, ROWS=config.block, C=config.chunk, REVERSE=reverse, HAS_SKIP=skip is not None, PRECISION=_precision(x),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _precision(x: Tensor) -> str:
+    """Three tf32 products are as good as one in fp32; 16-bit operands have nothing to lose."""
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
