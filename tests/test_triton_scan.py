@@ -41,21 +41,21 @@ def test_outputs_states_and_gradients(T):
     check_op(reference, fused, arguments(T, MAMBA, batch=1), FP32)
 
 
-@pytest.mark.parametrize("T", [1, 17])
+@pytest.mark.parametrize("T", [1, 10])
 @pytest.mark.parametrize("shapes", [S4D, MIXED], ids=["s4d", "mixed"])
 def test_time_invariant_parameters(shapes, T):
     check_op(reference, fused, arguments(T, shapes), FP32)
     check_op(reference, fused, arguments(T, shapes, without=("D", "z", "initial_state")), FP32)
 
 
-@pytest.mark.parametrize(("D", "N"), [(1, 1), (3, 17), (33, 2)])
+@pytest.mark.parametrize(("D", "N"), [(1, 1), (33, 17), (3, 2)])
 def test_odd_sizes(D, N):
     check_op(reference, fused, arguments(10, MAMBA, D, N, batch=1, without=("z",)), FP32)
 
 
 @pytest.mark.parametrize("decay", EXTREME_DECAYS)
 def test_extreme_decays(decay):
-    check_op(reference, fused, arguments(20, MAMBA, batch=1, decay=decay), FP32)
+    check_op(reference, fused, arguments(12, MAMBA, batch=1, decay=decay), FP32)
 
 
 def test_strided_inputs():
@@ -68,7 +68,7 @@ def test_strided_inputs():
 
 @pytest.mark.parametrize("without", [(), ("D", "z", "initial_state")], ids=["all", "bare"])
 def test_a_sound_custom_op(without):
-    a = arguments(9, MAMBA, D=3, N=2, without=without)
+    a = arguments(2, MAMBA, D=3, N=2, without=without)
     a |= {name: a[name][None].detach().requires_grad_() for name in ("A", "D") if name in a}
     tensors = [a.get(name) for name in MAMBA]
     torch.library.opcheck(fused_module._forward, (*tensors, [True] * 3, not without, True))
@@ -84,7 +84,7 @@ def test_vmap_over_a_pack_of_models(shapes):
     def gradients(y, h, tensors):
         return torch.autograd.grad(y.square().sum() + h.square().sum(), tensors)
 
-    packs = [arguments(9, shapes, D=3, N=2, seed=seed) for seed in (0, 1)]
+    packs = [arguments(3, shapes, D=3, N=2, seed=seed) for seed in (0, 1)]
     stacked = [torch.stack([pack[n] for pack in packs]).detach().requires_grad_() for n in names]
     together = gradients(*torch.func.vmap(run)(*stacked), stacked)
     for i, pack in enumerate(packs):

@@ -165,7 +165,7 @@ def backward_kernel(
             if B_BY_STEP:
                 b_B = load_states(B + t * B_t, n, tl.where(t < T, N, 0))
             h = tl.exp2(b_dt[:, None, :] * b_A) * h + (b_dt * b_x)[:, None, :] * b_B
-            states = states + (h,)  # noqa: RUF005 - Triton has no star
+            states = states + (h,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no star
         for i in tl.static_range(S):
             t = start + (S - 1 - i)
             end = tl.where(t < T, D, 0)
