@@ -33,7 +33,7 @@ def test_a_case_compares_one_function_with_itself(name):
         assert 0 < forward.bytes() < both.bytes()
         assert 0 < forward.flops < both.flops
         for kernel, configs in case.configs(shape).items():
-            assert kernel.endswith(("forward", "backward"))
+            assert kernel.endswith(("forward", "backward", "prepare", "finish"))
             assert len(set(configs)) == len(configs) > 1
     other = case.inputs(TINY, Draw("cpu", torch.float32, 1))
     assert any(not torch.equal(inputs[n], other[n]) for n in inputs)
