@@ -63,7 +63,7 @@ def empty_like(x: Tensor | None, q: Tensor) -> Tensor:
 
 
 def precision(x: Tensor) -> str:
-    """Of the products of x in a kernel. Three tf32 products are as good as one in fp32; 16 bits have nothing to lose."""
+    """Of products of x in a kernel. Three in tf32 are as good as one in fp32; 16 bits have nothing to lose."""
     return "tf32x3" if x.dtype == torch.float32 else "tf32"
 
 
