@@ -112,7 +112,7 @@ def test_a_failed_trial_runs_again_only_when_asked(tmp_path):
 
 
 def test_a_plugin_that_exits_does_not_end_an_inline_sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr("zoo.train.run_trial", lambda *args, **kwargs: sys.exit("enough"))
+    monkeypatch.setattr("zoo.train.run_pack", lambda *args, **kwargs: sys.exit("enough"))
     summary = run(sweep(), tmp_path)
     assert summary.failed[0].failure.error == "SystemExit"
 
@@ -210,7 +210,7 @@ def test_without_ray_the_error_says_the_remedy_and_auto_goes_inline(tmp_path, mo
 def test_a_worker_with_other_code_says_so():
     job = Job.of(sweep().trials[0])
     other = Job("0" * 64, job.label, job.trial, job.versions | {"engine": "0"})
-    record = execute(other, Setting(plugins=(PLUGIN,)))
+    (record,) = execute((other,), Setting(plugins=(PLUGIN,)))
     assert record.status == "failed"
     assert "the worker's code differs from the driver's" in record.failure.message
 

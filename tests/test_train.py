@@ -11,11 +11,12 @@ import torch
 from zoo.config import Trial, parse
 from zoo.errors import ConfigError
 from zoo.evaluate import decode_through_state, evaluate, load_slices
+from zoo.fit import learning_rate, make_optimizer, shuffled, turns
 from zoo.model import build_model
 from zoo.record import Epoch
 from zoo.state import measure_state, named_tensors
 from zoo.tasks import IGNORE
-from zoo.train import batches, learning_rate, make_optimizer, run_trial, validate
+from zoo.train import run_pack, run_trial, validate
 
 SLICE = {"task": "mqar", "seq_len": 16, "num_pairs": 2, "vocab_size": 16}
 
@@ -62,17 +63,17 @@ def test_building_a_model_leaves_the_global_generator_alone() -> None:
 def test_seeds_give_different_models_and_orders() -> None:
     a, b = (build_model(trial().model, trial().data, seed) for seed in (0, 1))
     assert not torch.equal(a.embedding.weight, b.embedding.weight)
-    train = load_slices(trial().data.train, 0, "train", "cpu")
-    order = [next(iter(batches(train, 32, seed, 0)))[0] for seed in (0, 1)]
-    assert not (order[0].shape == order[1].shape and torch.equal(order[0], order[1]))
+    orders = [shuffled([256, 100], 32, seed, 0) for seed in (0, 1)]
+    assert not torch.equal(orders[0][0], orders[1][0])
 
 
 def test_an_epoch_visits_every_full_batch_of_every_slice_once() -> None:
-    train = load_slices(trial().data.train, 0, "train", "cpu")
-    seen = [tokens for tokens, _, _ in batches(train, 32, 0, 0)]
-    assert sorted(t.shape[1] for t in seen) == [16] * 8 + [24] * 3
-    rows = torch.cat([t for t in seen if t.shape[1] == 16])
-    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, train[0].tokens.tolist()))
+    rows = shuffled([256, 100], 32, seed=0, epoch=3)
+    assert [r.shape for r in rows] == [(8, 32), (3, 32)]
+    assert sorted(rows[0].flatten().tolist()) == list(range(256))
+    assert len(set(rows[1].flatten().tolist())) == 96
+    assert sorted(turns([8, 3], epoch=3)) == [0] * 8 + [1] * 3
+    assert turns([8, 3], epoch=3) != turns([8, 3], epoch=4)
 
 
 @pytest.mark.parametrize("positions", ["none", "learned", "rotary"])

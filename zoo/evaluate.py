@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from zoo.config import DataConfig, DataEntry
 from zoo.errors import ConfigError
+from zoo.graphs import Replay
 from zoo.model import Model, ModelState
+from zoo.pack import Pack
 from zoo.record import Agreement, LayerState, MeasuredState, SliceResult, StateTensor
 from zoo.state import measure_state
 from zoo.tasks import IGNORE, Split
 
 Through = Literal["parallel", "state"]
+Dtype = Literal["float32", "bfloat16"]
+
+# Sequences are judged in batches: few enough tokens at once for a GPU's memory, and for a CPU's caches.
+GPU_TOKENS = 1 << 21
+CPU_BATCH = 256
 
 
 class Slice(NamedTuple):
@@ -53,47 +61,89 @@ def mean_accuracy(results: Iterable[SliceResult]) -> float:
     return sum(accuracies) / len(accuracies)
 
 
-@torch.no_grad()
-def evaluate(
-    model: Model, slices: Iterable[Slice], through: Through = "parallel", batch_size: int = 256
-) -> list[SliceResult]:
+def evaluate(model: Model, slices: Sequence[Slice], through: Through = "parallel") -> list[SliceResult]:
     """Accuracy and mean loss of every slice; through="state" decodes token by token, carrying only the state.
 
     Raises ConfigError on an unknown `through`.
     """
-    if through not in ("parallel", "state"):
+    if through not in get_args(Through):
         raise ConfigError(f"through={through!r} is not allowed; use 'parallel' or 'state'.")
-    was_training = model.training
-    model.eval()
-    results = []
-    for name, tokens, positions, answers in slices:
+    evaluation = PackEvaluation(Pack([model], batched=False), slices, through=through)
+    evaluation.run()
+    return evaluation.results()[0]
+
+
+class PackEvaluation:
+    """Accuracy and mean loss of every member of a pack on every slice, again and again."""
+
+    def __init__(
+        self,
+        pack: Pack,
+        slices: Sequence[Slice],
+        dtype: Dtype = "float32",
+        *,
+        through: Through = "parallel",
+        pool: tuple[int, int] | None = None,
+    ) -> None:
+        device = slices[0].tokens.device
+        self._pack, self._slices, self._dtype, self._through = pack, slices, dtype, through
+        self._losses = torch.zeros(len(slices), len(pack), dtype=torch.float64, device=device)
+        self._hits = torch.zeros(len(slices), len(pack), dtype=torch.int64, device=device)
+        self._counts = [int((part.answers != IGNORE).sum()) for part in slices]
+        judge = [functools.partial(self._judge, s) for s in range(len(slices))]
+        self._replays = [Replay(one, device, rehearse=one, pool=pool) for one in judge]
+
+    def run(self) -> None:
+        """Start it; a GPU may still be at work when this returns."""
+        for replay in self._replays:
+            replay()
+
+    def results(self) -> list[list[SliceResult]]:
+        """Of the last run: for each member, the result of every slice."""
+        losses, hits = self._losses.cpu(), self._hits.cpu()
+        return [
+            [
+                SliceResult(
+                    name=part.name,
+                    accuracy=int(hits[s, i]) / self._counts[s],
+                    loss=float(losses[s, i]) / self._counts[s],
+                    examples=len(part.tokens),
+                    answers=self._counts[s],
+                )
+                for s, part in enumerate(self._slices)
+            ]
+            for i in range(len(self._pack))
+        ]
+
+    @torch.no_grad()
+    def _judge(self, s: int) -> None:
+        _, *part = self._slices[s]
+        members = len(self._pack)
+        on_gpu = part[0].is_cuda
+        size = max(1, GPU_TOKENS // (members * part[0].shape[1])) if on_gpu else CPU_BATCH
+        function = functools.partial(_answers, through=self._through)
         losses, hits = [], []
-        for rows in torch.arange(len(tokens), device=tokens.device).split(batch_size):
-            asked = answers[rows]
-            if through == "parallel":
-                features = model.features(tokens[rows], positions[rows])
-            else:
-                features = _decode(model, tokens[rows], positions[rows])[0]
-            loss, prediction = model.judge(features, asked)
-            losses.append(loss.sum(dtype=torch.float64))
-            hits.append((prediction == asked.flatten()).sum())
-        count = int((answers != IGNORE).sum())
-        results.append(
-            SliceResult(
-                name=name,
-                accuracy=int(torch.stack(hits).sum()) / count,
-                loss=float(torch.stack(losses).sum()) / count,
-                examples=len(tokens),
-                answers=count,
-            )
-        )
-    model.train(was_training)
-    return results
+        with torch.autocast(part[0].device.type, torch.bfloat16, enabled=self._dtype == "bfloat16"):
+            for start in range(0, len(part[0]), size):
+                loss, hit = self._pack.call(function, *(x[None, start : start + size].expand(members, -1, -1) for x in part))
+                losses.append(loss)
+                hits.append(hit)
+        self._losses[s] = torch.stack(losses).sum(0)
+        self._hits[s] = torch.stack(hits).sum(0)
+
+
+def _answers(
+    model: Model, tokens: Tensor, positions: Tensor, answers: Tensor, through: Through
+) -> tuple[Tensor, Tensor]:
+    """The sum of the losses, and how many answers are right."""
+    features = model.features(tokens, positions) if through == "parallel" else _decode(model, tokens, positions)[0]
+    loss, prediction = model.judge(features, answers)
+    return loss.sum(dtype=torch.float64), (prediction == answers.flatten()).sum()
 
 
 @torch.no_grad()
 def decode_through_state(
-    model: Model, slices: list[Slice], examples: int = 32
+    model: Model, slices: Sequence[Slice], examples: int = 32
 ) -> tuple[list[MeasuredState], Agreement]:
     """Decode the longest slice token by token: the state's size at every slice's length, and how far the answers agree.
 

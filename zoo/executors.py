@@ -1,8 +1,7 @@
-"""Where trials run: in this process, or on Ray. Both run the same function and give the same bits."""
+"""Where packs of trials run: in this process, or on Ray. Both run the same function and give the same bits."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import os
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 ATTEMPTS = 3
 """How often a trial is tried whose worker process dies."""
 
-TRIALS_PER_WORKER = 50
-"""Trials after which a worker process is replaced, so that a leak in a plugin stays small."""
+PACKS_PER_WORKER = 50
+"""Packs after which a worker process is replaced, so that a leak in a plugin stays small."""
 
 
 @dataclass(frozen=True)
@@ -77,30 +76,47 @@ class Listener(Protocol):
         """The worker process died; the trial is tried again later."""
 
 
-def execute(job: Job, setting: Setting, on_epoch: Callable[[Epoch], None] | None = None) -> Record:
-    """Run one trial in this process. A trial that raises gives a record too, with its traceback."""
+JobPack = tuple[Job, ...]
+"""Trials that train together; on a GPU as one stacked model."""
+
+OnEpoch = Callable[[Job, Epoch], None]
+
+
+def execute(pack: JobPack, setting: Setting, on_epoch: OnEpoch | None = None) -> list[Record]:
+    """Run a pack of trials in this process. A trial that raises gives a record too, with its traceback.
+
+    When a pack raises, its trials run again one by one, so that the failure falls on the guilty alone.
+    """
     import torch
 
     from zoo.config import Trial
-    from zoo.train import run_trial
+    from zoo.train import run_pack
 
     started, clock = _now(), time.perf_counter()
+    results: Sequence[Outcome | Failure]
     try:
         load_plugins(setting.plugins)
-        trial = Trial.model_validate(job.trial)
-        if trial.key != job.key:
-            raise PluginError(
-                f"the worker's code differs from the driver's: versions {trial.versions} there, {job.versions} here; "
-                "use the same zoo and the same plugins everywhere, and do not edit them during a sweep."
-            )
+        trials = [Trial.model_validate(job.trial) for job in pack]
+        for job, trial in zip(pack, trials, strict=True):
+            if trial.key != job.key:
+                raise PluginError(
+                    f"the worker's code differs from the driver's: versions {trial.versions} there, {job.versions} "
+                    "here; use the same zoo and the same plugins everywhere, and do not edit them during a sweep."
+                )
         torch.set_num_threads(setting.threads)
-        result: Outcome | Failure = run_trial(trial, device=setting.device, threads=setting.threads, on_epoch=on_epoch)
+        heard = None if on_epoch is None else lambda i, epoch: on_epoch(pack[i], epoch)
+        results = run_pack(trials, device=setting.device, threads=setting.threads, on_epoch=heard)
     except (Exception, SystemExit) as error:
-        result = Failure(error=type(error).__name__, message=str(error), traceback=traceback.format_exc())
-    return _record(job, setting, result, started, time.perf_counter() - clock)
+        if len(pack) > 1:
+            return [record for job in pack for record in execute((job,), setting, on_epoch)]
+        results = [Failure(error=type(error).__name__, message=str(error), traceback=traceback.format_exc())]
+    seconds = (time.perf_counter() - clock) / len(pack)
+    return [_record(job, setting, r, started, seconds, len(pack)) for job, r in zip(pack, results, strict=True)]
 
 
-def _record(job: Job, setting: Setting, result: Outcome | Failure, started: str, seconds: float) -> Record:
+def _record(
+    job: Job, setting: Setting, result: Outcome | Failure, started: str, seconds: float, members: int
+) -> Record:
     import torch
 
     import zoo
@@ -122,6 +138,7 @@ def _record(job: Job, setting: Setting, result: Outcome | Failure, started: str,
             executor=setting.executor,
             started=started,
             seconds=seconds,
+            pack=members,
             attempt=job.attempt,
         ),
     )
@@ -140,32 +157,33 @@ def _device_name(device: str) -> str:
 
 
 class InlineExecutor:
-    """One trial after another in this process."""
+    """One pack after another in this process."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = replace(setting, executor="inline")
 
-    def run(self, jobs: Sequence[Job], listener: Listener) -> None:
+    def run(self, packs: Sequence[JobPack], listener: Listener) -> None:
         import torch
 
         threads = torch.get_num_threads()
         try:
-            for job in jobs:
-                listener.started(job)
-                record = execute(job, self.setting, functools.partial(listener.epoch, job))
-                listener.finished(job, record)
+            for pack in packs:
+                for job in pack:
+                    listener.started(job)
+                for job, record in zip(pack, execute(pack, self.setting, listener.epoch), strict=True):
+                    listener.finished(job, record)
         finally:
             torch.set_num_threads(threads)
 
 
 class RayExecutor:
-    """Trials as Ray Core tasks that stream their epochs and then their record.
+    """Packs of trials as Ray Core tasks that stream their epochs and then their records.
 
     Without RAY_ADDRESS a private Ray starts on this machine and ends with the sweep; with it, or inside a program that
-    has called `ray.init`, that Ray is used. `workers` trials run at once: by default as many as there are cores
+    has called `ray.init`, that Ray is used. `workers` packs run at once: by default as many as there are cores
     (divided by `threads`), or, on cuda, GPUs; more workers than GPUs share them.
 
-    A worker process that dies (out of memory, a segmentation fault, an exit) takes its trial along. Such a trial is
+    A worker process that dies (out of memory, a segmentation fault, an exit) takes its trials along. Each of them is
     tried again alone, when the others are done, because the guilty one can take innocent ones along.
     """
 
@@ -178,7 +196,7 @@ class RayExecutor:
         self.setting = replace(setting, executor="ray")
         self.workers = workers
 
-    def run(self, jobs: Sequence[Job], listener: Listener) -> None:
+    def run(self, packs: Sequence[JobPack], listener: Listener) -> None:
         ray = import_ray()
         own = not ray.is_initialized()
         if own:
@@ -188,14 +206,14 @@ class RayExecutor:
             task = _remote_task(ray, self.setting.threads, gpu_share)
             # A waiting task for each slot, so that no worker idles while the driver writes a record.
             limit = slots if self.workers is not None else 2 * slots
-            _Flight(ray, task, self.setting, listener, limit).run(jobs)
+            _Flight(ray, task, self.setting, listener, limit).run(packs)
         finally:
             if own:
                 ray.shutdown()
 
 
 def _slots(ray: Any, setting: Setting, workers: int | None) -> tuple[int, float]:
-    """How many trials Ray runs at once, and the share of a GPU that each gets."""
+    """How many packs Ray runs at once, and the share of a GPU that each gets."""
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     if setting.device == "cuda" and not gpus:
@@ -211,7 +229,7 @@ def _slots(ray: Any, setting: Setting, workers: int | None) -> tuple[int, float]
 
 def _remote_task(ray: Any, threads: int, gpu_share: float) -> Any:
     # A local function travels by value, and its arguments as bytes: a worker finds zoo once sys.path is complete.
-    def run_trial(sys_path: list[str], payload: bytes) -> Iterator[Any]:
+    def run_pack(sys_path: list[str], payload: bytes) -> Iterator[Any]:
         sys.path += [path for path in sys_path if path not in sys.path]
         from zoo.executors import stream
 
@@ -221,13 +239,13 @@ def _remote_task(ray: Any, threads: int, gpu_share: float) -> Any:
         num_cpus=threads,
         num_gpus=gpu_share,
         num_returns="streaming",
-        max_calls=TRIALS_PER_WORKER,
+        max_calls=PACKS_PER_WORKER,
         max_retries=0,
-    )(run_trial)
+    )(run_pack)
 
 
 def machine_slots(setting: Setting, workers: int | None = None) -> int:
-    """Trials that run at once on this machine: `workers`, or one for each GPU, or one for each `threads` cores."""
+    """Packs that run at once on this machine: `workers`, or one for each GPU, or one for each `threads` cores."""
     import torch
 
     if workers is not None:
@@ -277,14 +295,16 @@ def start_ray(ray: Any, setting: Setting, workers: int | None = None) -> None:
         raise UnsupportedError(f"Ray {what}: {type(error).__name__}: {error}. Or use --executor inline.") from error
 
 
-def stream(job: Job, setting: Setting) -> Iterator[Epoch | Record | None]:
-    """In a worker: None when the trial starts, its epochs as they end, its record."""
-    yield None
-    events: queue.SimpleQueue[Epoch | Record | BaseException | None] = queue.SimpleQueue()
+def stream(pack: JobPack, setting: Setting) -> Iterator[tuple[int, Epoch | Record | None]]:
+    """In a worker, each with its trial's index in the pack: None when it starts, its epochs as they end, its record."""
+    yield from ((i, None) for i in range(len(pack)))
+    events: queue.SimpleQueue[tuple[int, Epoch | Record] | BaseException | None] = queue.SimpleQueue()
 
     def work() -> None:
         try:
-            events.put(execute(job, setting, events.put))
+            records = execute(pack, setting, lambda job, epoch: events.put((pack.index(job), epoch)))
+            for i, record in enumerate(records):
+                events.put((i, record))
         except BaseException as error:
             events.put(error)
         finally:
@@ -302,18 +322,18 @@ class _Flight:
 
     def __init__(self, ray: Any, task: Any, setting: Setting, listener: Listener, limit: int) -> None:
         self.ray, self.task, self.setting, self.listener, self.limit = ray, task, setting, listener, limit
-        self.flying: dict[Any, Job] = {}
+        self.flying: dict[Any, JobPack] = {}
         self.recorded: set[str] = set()
         self.suspects: deque[Job] = deque()
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        waiting = deque(jobs)
+    def run(self, packs: Sequence[JobPack]) -> None:
+        waiting = deque(packs)
         try:
             while waiting or self.flying or self.suspects:
                 while waiting and len(self.flying) < self.limit:
                     self._submit(waiting.popleft())
                 if not self.flying:
-                    self._submit(self.suspects.popleft())
+                    self._submit((self.suspects.popleft(),))
                 # The time-out lets Python see Ctrl-C.
                 ready, _ = self.ray.wait(list(self.flying), num_returns=1, timeout=0.5)
                 for one in ready:
@@ -323,32 +343,35 @@ class _Flight:
                 self.ray.cancel(one, force=True)
             raise
 
-    def _submit(self, job: Job) -> None:
+    def _submit(self, pack: JobPack) -> None:
         paths = [str(Path(path).resolve()) for path in sys.path]
-        self.flying[self.task.remote(paths, pickle.dumps((job, self.setting)))] = job
+        self.flying[self.task.remote(paths, pickle.dumps((pack, self.setting)))] = pack
 
     def _next_event(self, one: Any) -> None:
-        job = self.flying[one]
+        pack = self.flying[one]
         try:
-            event = self.ray.get(next(one))
+            i, event = self.ray.get(next(one))
         except StopIteration:
-            del self.flying[one]
-            if job.key not in self.recorded:
+            for job in self._land(one):
                 self._fail(job, "WorkerDied", "the worker ended without a result.", "")
         except self.ray.exceptions.RayTaskError as error:
             # zoo itself cannot be imported there, or the like: it would fail again.
-            del self.flying[one]
-            self._fail(job, type(error.cause).__name__, str(error.cause), str(error))
+            for job in self._land(one):
+                self._fail(job, type(error.cause).__name__, str(error.cause), str(error))
         except self.ray.exceptions.RayError as error:
-            del self.flying[one]
-            self._died(job, error)
+            for job in self._land(one):
+                self._died(job, error)
         else:
             if event is None:
-                self.listener.started(job)
+                self.listener.started(pack[i])
             elif isinstance(event, Epoch):
-                self.listener.epoch(job, event)
+                self.listener.epoch(pack[i], event)
             else:
-                self._finish(job, event)
+                self._finish(pack[i], event)
+
+    def _land(self, one: Any) -> list[Job]:
+        """The trials of a task that has ended which have no record."""
+        return [job for job in self.flying.pop(one) if job.key not in self.recorded]
 
     def _finish(self, job: Job, record: Record) -> None:
         self.recorded.add(job.key)
@@ -369,4 +392,4 @@ class _Flight:
 
     def _fail(self, job: Job, error: str, message: str, details: str) -> None:
         failure = Failure(error=error, message=message, traceback=details)
-        self._finish(job, _record(job, self.setting, failure, _now(), 0.0))
+        self._finish(job, _record(job, self.setting, failure, _now(), 0.0, 1))

@@ -76,6 +76,8 @@ class Agreement(_Part):
 
 
 class Timing(_Part):
+    """Seconds of the trial's pack, divided by its members."""
+
     data: float
     train: float
     evaluate: float
@@ -105,7 +107,7 @@ class Failure(_Part):
 
 
 class Provenance(_Part):
-    """Metadata, not part of the key."""
+    """Metadata, not part of the key. pack: trials that trained together; `seconds` are the pack's, divided by it."""
 
     zoo: str
     git: str | None
@@ -116,6 +118,7 @@ class Provenance(_Part):
     executor: str
     started: str
     seconds: float
+    pack: int = 1
     attempt: int = 1
 
 

@@ -1,4 +1,4 @@
-"""A sweep's trials -> records in a run folder. What has a record is not run again."""
+"""A sweep's trials -> packs -> records in a run folder. What has a record is not run again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from zoo.config import Sweep, Trial
 from zoo.errors import ConfigError, UnsupportedError
-from zoo.executors import InlineExecutor, Job, Listener, RayExecutor, Setting, import_ray, machine_slots
+from zoo.executors import InlineExecutor, Job, JobPack, Listener, RayExecutor, Setting, import_ray, machine_slots
 from zoo.progress import make_progress
 from zoo.record import Record
 from zoo.results import RunStore, error_text
@@ -24,6 +24,9 @@ from zoo.tasks import IGNORE, Task
 from zoo.text import clock
 
 ExecutorName = Literal["auto", "ray", "inline"]
+
+GPU_PACK = 16
+"""Trials that train together on a GPU, where memory allows and the grid has them."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,18 @@ def run_sweep(
     device: str | None = None,
     workers: int | None = None,
     threads: int = 1,
+    pack: int | None = None,
     plugins: Sequence[str] = (),
     retry_failed: bool = False,
     progress: bool = True,
 ) -> Summary:
     """Run every trial of `sweep` that has no record in `run_dir`, and write one record for each as it ends.
 
-    executor: `inline` runs one trial after another in this process, `ray` several at once; `auto` is ray where it is
-    installed and there is more than one trial and slot. device: cpu or cuda; None is cuda where torch sees one.
-    workers: trials at once on ray. threads: of the CPU, for each trial; results depend on it in the last bits.
+    executor: `inline` runs one pack after another in this process, `ray` several at once; `auto` is ray where it is
+    installed and there is more than one pack and slot. device: cpu or cuda; None is cuda where torch sees one.
+    workers: packs at once on ray. threads: of the CPU, for each pack; results depend on it in the last bits.
+    pack: trials that may train together, if only learning rate, weight decay and seed tell them apart; None is
+    GPU_PACK on a GPU, where a pack costs little more than a trial, and 1 elsewhere.
     plugins: files or modules that workers import; this process must have imported them already.
     retry_failed: run trials whose record is a failure again. progress: report on stderr.
 
@@ -111,7 +117,7 @@ def run_sweep(
         UnsupportedError: the executor or the device is not there.
     """
     begin = time.monotonic()
-    _check_arguments(executor, workers, threads)
+    _check_arguments(executor, workers, threads, pack)
     setting = make_setting(device, threads, plugins, executor)
     plan = plan_sweep(sweep, run_dir, retry_failed=retry_failed)
     earlier = tuple(p.record for p in plan if p.record is not None and not p.will_run)
@@ -119,14 +125,15 @@ def run_sweep(
     done: dict[str, Record] = {}
     interrupted = False
     with store.lock():
-        # Long trials first: the last ones to end are then short, and no slot idles for long.
-        jobs = sorted((Job.of(p.trial, p.cost.flops) for p in plan if p.will_run and p.cost), key=lambda j: -j.cost)
+        # Long packs first: the last ones to end are then short, and no slot idles for long.
+        packs = make_packs(plan, pack or (GPU_PACK if setting.device.startswith("cuda") else 1))
+        jobs = [job for members in packs for job in members]
         store.write_sweep({"name": sweep.name, "source": sweep.source, "keys": [t.key for t in sweep.trials]})
         try:
             if jobs:
-                run = _choose(executor, setting, workers, len(jobs))
+                run = _choose(executor, setting, workers, len(packs))
                 with make_progress(sweep.name, jobs, progress) as display:
-                    run.run(jobs, _Recorder(store, display, done))
+                    run.run(packs, _Recorder(store, display, done))
         except KeyboardInterrupt:
             interrupted = True
     return Summary(
@@ -169,6 +176,19 @@ def plan_sweep(
         seconds = cost.flops * rate if cost is not None and rate is not None else None
         plan.append(PlannedTrial(trial, records.get(trial.key), trial.key in due, cost, seconds))
     return plan
+
+
+def make_packs(plan: Iterable[PlannedTrial], size: int) -> list[JobPack]:
+    """The trials that will run, up to `size` in a pack, the dearest pack first."""
+    from zoo.train import pack_identity
+
+    alike: dict[str, list[Job]] = {}
+    for planned in plan:
+        if planned.will_run and planned.cost is not None:
+            job = Job.of(planned.trial, planned.cost.flops)
+            alike.setdefault(pack_identity(planned.trial), []).append(job)
+    packs = [tuple(jobs[i : i + size]) for jobs in alike.values() for i in range(0, len(jobs), size)]
+    return sorted(packs, key=lambda pack: -sum(job.cost for job in pack))
 
 
 def _estimate(trials: list[Trial]) -> dict[str, Cost]:
@@ -232,9 +252,9 @@ class _Recorder:
         self.display.finished(job, record)
 
 
-def _choose(executor: str, setting: Setting, workers: int | None, trials: int) -> InlineExecutor | RayExecutor:
+def _choose(executor: str, setting: Setting, workers: int | None, packs: int) -> InlineExecutor | RayExecutor:
     if executor == "auto":
-        several = trials > 1 and ("RAY_ADDRESS" in os.environ or machine_slots(setting, workers) > 1)
+        several = packs > 1 and ("RAY_ADDRESS" in os.environ or machine_slots(setting, workers) > 1)
         executor = "ray" if several and importlib.util.find_spec("ray") is not None else "inline"
     if executor == "inline":
         if workers is not None and workers > 1:
@@ -243,13 +263,15 @@ def _choose(executor: str, setting: Setting, workers: int | None, trials: int) -
     return RayExecutor(setting, workers)
 
 
-def _check_arguments(executor: str, workers: int | None, threads: int) -> None:
+def _check_arguments(executor: str, workers: int | None, threads: int, pack: int | None) -> None:
     if executor not in get_args(ExecutorName):
         raise ConfigError(f"unknown executor {executor!r}; use one of {', '.join(get_args(ExecutorName))}.")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers {workers} must be at least 1.")
     if threads < 1:
         raise ConfigError(f"threads {threads} must be at least 1.")
+    if pack is not None and pack < 1:
+        raise ConfigError(f"pack {pack} must be at least 1.")
     if executor == "ray":
         import_ray()
 

@@ -1,0 +1,253 @@
+"""The training loop: a pack's steps, each without the host, and what is read of them once an epoch."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from zoo.config import OptimizerConfig, Trial
+from zoo.evaluate import PackEvaluation, Slice, mean_accuracy
+from zoo.graphs import Replay, new_pool
+from zoo.model import Model
+from zoo.pack import Pack
+from zoo.record import Epoch, SliceResult
+from zoo.tasks import IGNORE
+
+
+@dataclass
+class Run:
+    """One member's training. message: why it ended, None while it goes on. kept: its parameters at the end."""
+
+    trial: Trial
+    model: Model
+    optimizer: torch.optim.AdamW
+    history: list[Epoch] = field(default_factory=list)
+    validated: list[SliceResult] = field(default_factory=list)
+    steps: int = 0
+    message: str | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trial: Trial, model: Model) -> Run:
+        return cls(trial, model, make_optimizer(model, trial.optimizer))
+
+    @property
+    def diverged(self) -> bool:
+        return self.message is not None and self.message.startswith("diverged")
+
+    def end(self, message: str) -> None:
+        self.message = message
+        self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def restore(self) -> None:
+        """Give the model the parameters that the run ended with: its pack may have gone on without it."""
+        for name, parameter in self.model.named_parameters():
+            parameter.data = self.kept[name]
+
+
+class Fit:
+    """Trains the runs of one pack, which are at the same epoch."""
+
+    def __init__(self, runs: Sequence[Run], train: Sequence[Slice], validation: Sequence[Slice], batched: bool) -> None:
+        self.runs = list(runs)
+        self.train = train
+        self.settings = runs[0].trial.training
+        self.device = runs[0].model.embedding.weight.device
+        self.pack = Pack([run.model for run in runs], batched=batched)
+        self.sizes = [len(part.tokens) for part in train]
+        batch = self.settings.batch_size
+        self.steps = [size // batch for size in self.sizes]
+        members, on = len(runs), {"device": self.device}
+        # What a step reads and writes, in places that stay.
+        self.rows = [torch.zeros(steps, members, batch, dtype=torch.int64, **on) for steps in self.steps]
+        self.turn = [torch.zeros(1, dtype=torch.int64, **on) for _ in train]
+        self.index = torch.zeros(1, dtype=torch.int64, **on)
+        self.rates = torch.zeros(sum(self.steps), members, **on)
+        self.losses = torch.zeros(sum(self.steps), members, **on)
+        self.rate = torch.zeros(members, **on)
+        for i, run in enumerate(runs):
+            for group in run.optimizer.param_groups:
+                group["lr"] = self.rate[i]
+            if not run.optimizer.state:
+                _create_state(run.optimizer)
+        pool = new_pool(self.device)
+        self.replays = [
+            Replay(functools.partial(self._step, s), self.device, functools.partial(self._gradients, s), pool)
+            for s in range(len(train))
+        ]
+        self.validation = PackEvaluation(self.pack, validation, self.settings.dtype, pool=pool)
+
+    @staticmethod
+    def memory_of_one(run: Run, train: Sequence[Slice]) -> int:
+        """Bytes of GPU memory that a member's largest step takes beyond its parameters."""
+        largest = max(train, key=lambda part: part.tokens.shape[1] * 2**20 + part.positions.shape[1])
+        batch = run.trial.training.batch_size
+        tokens, *asked = (x[None, :batch] for x in largest[1:])
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16, enabled=run.trial.training.dtype == "bfloat16"):
+            Pack([run.model], batched=False).gradients(mean_loss, tokens, *asked)
+        run.model.zero_grad()
+        return torch.cuda.max_memory_allocated() - before
+
+    def run(self, on_epoch: Callable[[Run, Epoch], None]) -> None:
+        """Train until all epochs are done, or so few members go on that they are better off in a pack of their own."""
+        clock = time.perf_counter()
+        start = self.runs[0].steps // sum(self.steps)
+        rows, order = self._plan(start)
+        for epoch in range(start, self.settings.epochs):
+            self._load(rows, epoch)
+            for s in order:
+                self.replays[s]()
+            self.validation.run()
+            if epoch + 1 < self.settings.epochs:
+                # While the device works.
+                rows, order = self._plan(epoch + 1)
+            losses, results = self.losses.cpu().T.contiguous(), self.validation.results()
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            for i, run in enumerate(self.runs):
+                if run.message is None:
+                    self._end_epoch(run, epoch, losses[i], results[i], seconds / len(self.runs), on_epoch)
+            going = sum(run.message is None for run in self.runs)
+            if 2 * going <= len(self.runs) or (going < len(self.runs) and not self.pack.batched):
+                return
+
+    def _end_epoch(
+        self,
+        run: Run,
+        epoch: int,
+        losses: Tensor,
+        results: list[SliceResult],
+        seconds: float,
+        on_epoch: Callable[[Run, Epoch], None],
+    ) -> None:
+        before = run.steps
+        run.steps += len(losses)
+        train_loss = float(losses.mean())
+        if not math.isfinite(train_loss):
+            bad = before + int((~torch.isfinite(losses)).nonzero()[0])
+            run.end(f"diverged: the training loss became {train_loss} at step {bad}, epoch {epoch}")
+            return
+        run.validated = results
+        accuracy = mean_accuracy(results)
+        line = Epoch(
+            epoch=epoch,
+            step=run.steps,
+            learning_rate=self._rate(run, run.steps - 1),
+            train_loss=train_loss,
+            validation_loss=sum(r.loss for r in results) / len(results),
+            validation_accuracy=accuracy,
+            seconds=seconds,
+        )
+        run.history.append(line)
+        on_epoch(run, line)
+        if self.settings.stop_accuracy is not None and accuracy >= self.settings.stop_accuracy:
+            run.end(f"validation accuracy reached {self.settings.stop_accuracy}")
+        elif epoch + 1 == self.settings.epochs:
+            finite = math.isfinite(line.validation_loss)
+            run.end("all epochs done" if finite else f"diverged: the validation loss became {line.validation_loss}")
+
+    def _plan(self, epoch: int) -> tuple[list[Tensor], list[int]]:
+        """The rows of each slice's batches (steps, members, batch), and the slices in the order of their turns."""
+        batch = self.settings.batch_size
+        orders = {run.trial.seed: shuffled(self.sizes, batch, run.trial.seed, epoch) for run in self.runs}
+        each = [orders[run.trial.seed] for run in self.runs]
+        return [torch.stack(rows, dim=1) for rows in zip(*each, strict=True)], turns(self.steps, epoch)
+
+    def _load(self, rows: list[Tensor], epoch: int) -> None:
+        first = epoch * sum(self.steps)
+        rates = [[self._rate(run, first + step) for run in self.runs] for step in range(sum(self.steps))]
+        self.rates.copy_(torch.tensor(rates))
+        self.index.zero_()
+        for turn, to, these in zip(self.turn, self.rows, rows, strict=True):
+            turn.zero_()
+            to.copy_(these)
+
+    def _rate(self, run: Run, step: int) -> float:
+        return learning_rate(run.trial.optimizer, step, sum(self.steps), self.settings.epochs)
+
+    def _step(self, s: int) -> None:
+        self.rate.copy_(self.rates.index_select(0, self.index)[0])
+        losses = self._gradients(s)
+        clip = self.runs[0].trial.optimizer.clip
+        for run in self.runs:
+            if clip is not None:
+                nn.utils.clip_grad_norm_(run.model.parameters(), clip)
+            run.optimizer.step()
+        self.losses.index_copy_(0, self.index, losses[None].float())
+        self.index += 1
+        self.turn[s] += 1
+
+    def _gradients(self, s: int) -> Tensor:
+        part = self.train[s]
+        rows = self.rows[s].index_select(0, self.turn[s])[0]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
+            return self.pack.gradients(mean_loss, part.tokens[rows], part.positions[rows], part.answers[rows])
+
+
+def mean_loss(model: Model, tokens: Tensor, positions: Tensor, answers: Tensor) -> Tensor:
+    """tokens (B, T), positions and answers (B, Q) -> the mean cross-entropy of the questions, in nats."""
+    return model.answer(tokens, positions, answers).loss.sum() / (answers != IGNORE).sum()
+
+
+def shuffled(sizes: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """For slices of `sizes` examples the rows of an epoch's batches (steps, batch), of (seed, epoch) alone.
+
+    Every batch is full: the examples left over differ from epoch to epoch.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    rows = (torch.randperm(size, generator=generator) for size in sizes)
+    return [order[: len(order) // batch_size * batch_size].unflatten(0, (-1, batch_size)) for order in rows]
+
+
+def turns(steps: Sequence[int], epoch: int) -> list[int]:
+    """Which slice each step of an epoch draws its batch from: the same for all seeds, so that these can be a pack."""
+    slices = torch.arange(len(steps)).repeat_interleave(torch.tensor(steps))
+    return slices[torch.randperm(len(slices), generator=torch.Generator().manual_seed(epoch))].tolist()
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """The learning rate of one step: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "cosine_per_epoch":
+        done = (step // steps_per_epoch) / epochs
+    else:
+        done = (step - config.warmup_steps) / max(1, steps_per_epoch * epochs - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) with decay on matrices only; a parameter with `_no_weight_decay` is exempt."""
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        plain = parameter.dim() >= 2 and not getattr(parameter, "_no_weight_decay", False)
+        (decayed if plain else exempt).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+    on_gpu = decayed[0].is_cuda
+    return torch.optim.AdamW(groups, lr=torch.tensor(config.lr), betas=config.betas, fused=True, capturable=on_gpu)
+
+
+def _create_state(optimizer: torch.optim.AdamW) -> None:
+    """The moments, which the optimiser makes at its first step, so that a graph can hold that step: a step of no length."""
+    for group in optimizer.param_groups:
+        group["lr"].zero_()
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+    optimizer.zero_grad()

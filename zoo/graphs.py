@@ -1,0 +1,53 @@
+"""Work that is done again and again without the host: on a GPU, a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class Replay:
+    """A function without arguments or results, over tensors that stay where they are.
+
+    On a GPU its kernels are recorded at the first call and replayed from then on, at no cost to the host; elsewhere it
+    is called. rehearse: what the first call runs beforehand, without lasting effect, so that kernels are compiled and
+    libraries ready. Graphs of one `pool` share memory: what one leaves there the next may overwrite.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[], None],
+        device: torch.device,
+        rehearse: Callable[[], object],
+        pool: tuple[int, int] | None,
+    ) -> None:
+        self._function = function
+        self._rehearse = rehearse
+        self._device = device
+        self._pool = pool
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self._device.type != "cuda":
+            self._function()
+            return
+        if self._graph is None:
+            self._graph = self._record()
+        self._graph.replay()
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._rehearse()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._function()
+        return graph
+
+
+def new_pool(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None

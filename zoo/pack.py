@@ -1,0 +1,83 @@
+"""Models of one shape as one: every parameter has the members as its first axis, and one call runs them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from zoo.model import Model
+
+Function = Callable[..., Any]
+"""What a pack computes: of one member's model and its share of the inputs."""
+
+
+class Pack:
+    """Models that differ in the values of their parameters alone, such as by seed or learning rate.
+
+    batched: all members run as one, each operation on all of them (torch.func.vmap), which a GPU needs to be busy. If
+    not, they run one after another, with the same bits as alone. Members never see each other.
+    """
+
+    def __init__(self, models: Sequence[Model], *, batched: bool) -> None:
+        self.models = list(models)
+        self.batched = batched
+        self._stacks: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        if not batched:
+            return
+        named = [dict(model.named_parameters()) for model in models]
+        for name in named[0]:
+            stack = torch.stack([parameters[name].detach() for parameters in named]).requires_grad_()
+            self._stacks[name] = stack
+            # The models live on, in the stack's memory.
+            for i, parameters in enumerate(named):
+                parameters[name].data = stack.detach()[i]
+        buffers = [dict(model.named_buffers()) for model in models]
+        self._buffers = {name: torch.stack([b[name] for b in buffers]) for name in buffers[0]}
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def call(self, function: Function, *inputs: Tensor) -> Any:
+        """function(model, *inputs) of every member, stacked; inputs have the members as their first axis."""
+        if self.batched:
+            caller = _Caller(self.models[0], function)
+            tensors = {f"model.{name}": stack for name, stack in (self._stacks | self._buffers).items()}
+            return vmap(lambda tensors, *x: functional_call(caller, tensors, x))(tensors, *inputs)
+        results = [function(model, *(x[i] for x in inputs)) for i, model in enumerate(self.models)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results)
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+
+    def gradients(self, function: Function, *inputs: Tensor) -> Tensor:
+        """Losses (members,) of function, as in `call`; each member's gradients are left in its model's parameters."""
+        if self.batched:
+            losses = self.call(function, *inputs)
+            gradients = torch.autograd.grad(losses.sum(), list(self._stacks.values()), allow_unused=True)
+            for i, model in enumerate(self.models):
+                for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                    parameter.grad = None if gradient is None else gradient[i]
+            return losses.detach()
+        losses = []
+        for i, model in enumerate(self.models):
+            loss = function(model, *(x[i] for x in inputs))
+            model.zero_grad()
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+
+class _Caller(nn.Module):
+    """`function` of a model as a module, so that functional_call finds the model's parameters."""
+
+    def __init__(self, model: Model, function: Function) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(self.model, *inputs)
