@@ -23,7 +23,8 @@ _PUBLIC = {
     "Sweep": "zoo.config",
     "Model": "zoo.model",
     "build_model": "zoo.model",
-    "fit": "zoo.train",
+    "run_pack": "zoo.train",
+    "run_trial": "zoo.train",
     "evaluate": "zoo.evaluate",
     "measure_state": "zoo.state",
     "run_sweep": "zoo.sweep",
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from zoo.state import measure_state
     from zoo.sweep import run_sweep
     from zoo.tasks import Batch, Task, register_task
-    from zoo.train import fit
+    from zoo.train import run_pack, run_trial
 
 
 def __getattr__(name: str) -> Any:

@@ -103,8 +103,8 @@ device_option = click.option("--device", help="cpu or cuda. Left out: cuda where
 @click.option(
     "--pack",
     type=click.IntRange(1),
-    help="Trials that may train together, if they differ in learning rate, weight decay and seed alone; left out: 16 on "
-    "a GPU, 1 on a CPU.",
+    help="Trials that may train together, where learning rate, weight decay and seed alone tell them apart; left out: "
+    "16 on a GPU, 1 on a CPU.",
 )
 @device_option
 @click.option("--dry-run", is_flag=True, help="Print the trials and what they cost; run nothing.")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoo.config import DataConfig, DataEntry
 from zoo.errors import ConfigError
-from zoo.graphs import Replay
+from zoo.graphs import Pool, Replay
 from zoo.model import Model, ModelState
 from zoo.pack import Pack
 from zoo.record import Agreement, LayerState, MeasuredState, SliceResult, StateTensor
@@ -83,7 +83,7 @@ class PackEvaluation:
         dtype: Dtype = "float32",
         *,
         through: Through = "parallel",
-        pool: tuple[int, int] | None = None,
+        pool: Pool | None = None,
     ) -> None:
         device = slices[0].tokens.device
         self._pack, self._slices, self._dtype, self._through = pack, slices, dtype, through
@@ -125,7 +125,9 @@ class PackEvaluation:
         losses, hits = [], []
         with torch.autocast(part[0].device.type, torch.bfloat16, enabled=self._dtype == "bfloat16"):
             for start in range(0, len(part[0]), size):
-                loss, hit = self._pack.call(function, *(x[None, start : start + size].expand(members, -1, -1) for x in part))
+                loss, hit = self._pack.call(
+                    function, *(x[None, start : start + size].expand(members, -1, -1) for x in part)
+                )
                 losses.append(loss)
                 hits.append(hit)
         self._losses[s] = torch.stack(losses).sum(0)

@@ -63,14 +63,14 @@ class Fit:
         self.sizes = [len(part.tokens) for part in train]
         batch = self.settings.batch_size
         self.steps = [size // batch for size in self.sizes]
-        members, on = len(runs), {"device": self.device}
+        zeros, members = functools.partial(torch.zeros, device=self.device), len(runs)
         # What a step reads and writes, in places that stay.
-        self.rows = [torch.zeros(steps, members, batch, dtype=torch.int64, **on) for steps in self.steps]
-        self.turn = [torch.zeros(1, dtype=torch.int64, **on) for _ in train]
-        self.index = torch.zeros(1, dtype=torch.int64, **on)
-        self.rates = torch.zeros(sum(self.steps), members, **on)
-        self.losses = torch.zeros(sum(self.steps), members, **on)
-        self.rate = torch.zeros(members, **on)
+        self.rows = [zeros(steps, members, batch, dtype=torch.int64) for steps in self.steps]
+        self.turn = [zeros(1, dtype=torch.int64) for _ in train]
+        self.index = zeros(1, dtype=torch.int64)
+        self.rates = zeros(sum(self.steps), members)
+        self.losses = zeros(sum(self.steps), members)
+        self.rate = zeros(members)
         for i, run in enumerate(runs):
             for group in run.optimizer.param_groups:
                 group["lr"] = self.rate[i]
@@ -241,7 +241,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def _create_state(optimizer: torch.optim.AdamW) -> None:
-    """The moments, which the optimiser makes at its first step, so that a graph can hold that step: a step of no length."""
+    """Make the moments, as the first step would, so that a graph can hold that step: here it has no length."""
     for group in optimizer.param_groups:
         group["lr"].zero_()
         for parameter in group["params"]:

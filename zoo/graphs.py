@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+Pool = Any
+"""A handle of memory that graphs share."""
 
 
 class Replay:
@@ -20,7 +24,7 @@ class Replay:
         function: Callable[[], None],
         device: torch.device,
         rehearse: Callable[[], object],
-        pool: tuple[int, int] | None,
+        pool: Pool | None,
     ) -> None:
         self._function = function
         self._rehearse = rehearse
@@ -49,5 +53,5 @@ class Replay:
         return graph
 
 
-def new_pool(device: torch.device) -> tuple[int, int] | None:
+def new_pool(device: torch.device) -> Pool | None:
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None

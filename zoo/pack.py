@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +48,10 @@ class Pack:
         if self.batched:
             caller = _Caller(self.models[0], function)
             tensors = {f"model.{name}": stack for name, stack in (self._stacks | self._buffers).items()}
-            return vmap(lambda tensors, *x: functional_call(caller, tensors, x))(tensors, *inputs)
+            with warnings.catch_warnings():
+                # Of an operation that vmap can only run member by member: right all the same.
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                return vmap(lambda tensors, *x: functional_call(caller, tensors, x))(tensors, *inputs)
         results = [function(model, *(x[i] for x in inputs)) for i, model in enumerate(self.models)]
         if isinstance(results[0], Tensor):
             return torch.stack(results)

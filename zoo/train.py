@@ -87,7 +87,9 @@ def run_pack(
     train_seconds = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    evaluation = PackEvaluation(Pack([run.model for run in runs], batched=_on_gpu(runs)), test, trials[0].training.dtype)
+    evaluation = PackEvaluation(
+        Pack([run.model for run in runs], batched=_on_gpu(runs)), test, trials[0].training.dtype
+    )
     evaluation.run()
     tested = evaluation.results()
     decoded = [decode_through_state(run.model, test) for run in runs]

@@ -1,0 +1,129 @@
+"""Packs: trials that train together get what they would get alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_train import comparable, trial
+from torch.nn import functional as F
+
+import zoo.train
+from zoo.config import Sweep
+from zoo.errors import ConfigError
+from zoo.evaluate import load_slices
+from zoo.executors import Job, Setting, execute
+from zoo.fit import mean_loss
+from zoo.model import Model, build_model
+from zoo.pack import Pack
+from zoo.sweep import make_packs, plan_sweep, run_sweep
+from zoo.train import run_pack, run_trial
+
+
+def test_a_pack_gives_each_member_the_bits_it_gets_alone() -> None:
+    trials = [trial(optimizer={"lr": lr, "weight_decay": decay}, seed=seed) for lr, decay, seed in [
+        (1e-2, 0.1, 0), (3e-3, 0.1, 0), (1e-2, 0.0, 0), (1e-2, 0.1, 1), (1e-2, 0.1, 2),
+    ]]  # fmt: skip
+    together = run_pack(trials)
+    assert [comparable(outcome) for outcome in together] == [comparable(run_trial(one)) for one in trials]
+    assert len({outcome.history[-1].train_loss for outcome in together}) == len(trials)
+
+
+def test_members_that_end_early_leave_the_others_as_they_are() -> None:
+    def one(lr: float, **training: Any) -> Any:
+        return trial(optimizer={"lr": lr, "clip": None}, training={"epochs": 4, **training})
+
+    heard: list[tuple[int, int]] = []
+    outcomes = run_pack([one(1e30), one(1e-2), one(1e29)], on_epoch=lambda i, epoch: heard.append((i, epoch.epoch)))
+    assert [outcome.status for outcome in outcomes] == ["diverged", "ok", "diverged"]
+    assert comparable(outcomes[1]) == comparable(run_trial(one(1e-2)))
+    assert [epoch for i, epoch in heard if i == 1] == [0, 1, 2, 3]
+
+    # The accuracy that the better of two reaches after its second epoch, and the other never.
+    history = {lr: [e.validation_accuracy for e in run_trial(one(lr)).history] for lr in (1e-2, 1e-5)}
+    enough = history[1e-2][1]
+    assert enough > max(history[1e-5] + history[1e-2][:1])
+    fast, slow = run_pack([one(1e-2, stop_accuracy=enough), one(1e-5, stop_accuracy=enough)])
+    assert (len(fast.history), len(slow.history)) == (2, 4)
+    assert comparable(fast) == comparable(run_trial(one(1e-2, stop_accuracy=enough)))
+
+
+class Plain(torch.nn.Module):
+    """A mixer as an author writes it who has never heard of packs."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.mix = torch.nn.Linear(d_model, d_model)
+        self.register_buffer("scale", torch.rand(d_model))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(self.mix(x) * self.scale).cumsum(1) / torch.arange(1, 1 + x.shape[1])[:, None]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("mixer", ["attention", "based", "delta_net", "retnet", "plain"])
+def test_a_batched_pack_computes_what_its_members_compute(mixer: str) -> None:
+    config = trial(model={"layers": ["gated_conv", mixer if mixer != "plain" else "attention"]})
+    models = [build_model(config.model, config.data, seed).double() for seed in range(3)]
+    if mixer == "plain":
+        for seed, model in enumerate(models):
+            torch.manual_seed(seed)
+            model.blocks[1].mixer = Plain(16).double()  # type: ignore[assignment]
+    part = load_slices(config.data.train, 0, "train", "cpu")[0]
+    inputs = [x[:12].unflatten(0, (3, 4)) for x in part[1:]]
+
+    def loss(model: Model, tokens: torch.Tensor, positions: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(tokens, positions).flatten(0, 1), answers.flatten())
+
+    expected = Pack(models, batched=False).gradients(mean_loss, *inputs)
+    gradients = [[p.grad.clone() for p in model.parameters() if p.grad is not None] for model in models]
+    pack = Pack(models, batched=True)
+    torch.testing.assert_close(pack.gradients(loss, *inputs), expected, rtol=1e-9, atol=1e-9)
+    for model, before in zip(models, gradients, strict=True):
+        for parameter, gradient in zip(model.parameters(), before, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-10)
+    # The models are the pack's members: a change of one is a change of the other.
+    with torch.no_grad():
+        models[1].embedding.weight.zero_()
+    changed = pack.call(loss, *inputs)
+    assert changed[1] != expected[1]
+    torch.testing.assert_close(changed[[0, 2]], expected[[0, 2]], rtol=1e-9, atol=1e-9)
+
+
+GRID = {**trial().model_dump(mode="json"), "optimizer": {"lr": [0.01, 0.02, 0.03]}, "seed": [0, 1]}
+
+
+def test_a_sweep_packs_what_differs_in_learning_rate_and_seed_alone(tmp_path: Any) -> None:
+    sweep = Sweep.from_dict({**GRID, "model": {"d_model": [16, 32], "layers": ["gated_conv"]}})
+    packs = make_packs(plan_sweep(sweep, tmp_path), size=4)
+    assert sorted(len(pack) for pack in packs) == [2, 2, 4, 4]
+    costs = [sum(job.cost for job in pack) for pack in packs]
+    assert costs == sorted(costs, reverse=True)
+    for pack in packs:
+        assert len({job.trial["model"]["d_model"] for job in pack}) == 1
+    with pytest.raises(ConfigError, match="pack 0 must be at least 1"):
+        run_sweep(sweep, tmp_path, pack=0)
+
+
+def test_packs_leave_the_same_records(tmp_path: Any) -> None:
+    sweep = Sweep.from_dict(GRID)
+    runs = [run_sweep(sweep, tmp_path / str(n), executor="inline", pack=n, progress=False) for n in (1, 6)]
+    alone, together = ({record.key: record for record in run.done} for run in runs)
+    assert alone.keys() == together.keys()
+    for key, record in alone.items():
+        assert comparable(record.outcome) == comparable(together[key].outcome)
+    assert {record.provenance.pack for record in together.values()} == {6}
+
+
+def test_a_pack_that_raises_falls_apart_and_the_guilty_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(config: Any, data: Any, seed: int, device: str = "cpu") -> Model:
+        if seed == 1:
+            raise RuntimeError("not with this seed")
+        return build_model(config, data, seed, device)
+
+    monkeypatch.setattr(zoo.train, "build_model", build)
+    records = execute(tuple(Job.of(trial(seed=seed)) for seed in range(3)), Setting())
+    assert [record.status for record in records] == ["ok", "failed", "ok"]
+    assert records[1].failure is not None
+    assert records[1].failure.message == "not with this seed"
