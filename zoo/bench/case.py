@@ -58,6 +58,10 @@ class Draw:
         x = torch.randn(shape, device=self.device, generator=self._generator)
         return (-0.1 * (1.4 * x).exp()).requires_grad_()
 
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """int64, from `low` to `high` - 1."""
+        return torch.randint(low, high, shape, device=self.device, generator=self._generator)
+
 
 @dataclass(frozen=True)
 class Case:

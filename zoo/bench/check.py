@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zoo.bench.case import Case, Draw, Shape
-from zoo.testing.ops import op_errors, poisoned, run_op
+from zoo.state import named_tensors
+from zoo.testing.ops import in_double, op_errors, poisoned, run_op
 from zoo.testing.tolerances import TOLERANCES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -61,21 +62,26 @@ def check_large(case: Case, shape: Shape) -> Result:
     # What has no batch axis would need the whole batch for its gradient.
     shared = {name: t.detach() for name, t in inputs.items() if t.shape[0] != shape.B}
     batched = {name: t for name, t in inputs.items() if name not in shared}
-    outputs = case.ours(**batched, **shared)
-    o = outputs[0] if isinstance(outputs, tuple) else outputs
+    leaves = [name for name, t in batched.items() if t.requires_grad]
+    o = _first(case.ours(**batched, **shared))
     weight = torch.randn_like(o)
-    gradients = dict(zip(batched, torch.autograd.grad(o, list(batched.values()), weight), strict=True))
+    gradients = dict(zip(leaves, torch.autograd.grad(o, [batched[n] for n in leaves], weight), strict=True))
     errors = {}
     for part in (slice(0, 1), slice(-1, None)):
-        alone = {name: t[part].detach().double().requires_grad_() for name, t in batched.items()}
-        want = case.reference(**alone, **{name: t.double() for name, t in shared.items()})[0]
-        want_gradients = torch.autograd.grad(want, list(alone.values()), weight[part].double())
+        alone = {name: in_double(t[part]) for name, t in batched.items()}
+        alone |= {name: alone[name].requires_grad_() for name in leaves}
+        want = _first(case.reference(**alone, **{name: in_double(t) for name, t in shared.items()}))
+        want_gradients = torch.autograd.grad(want, [alone[n] for n in leaves], weight[part].double())
         errors[f"output[{part.start}]"] = _relative(o[part], want)
-        for name, g in zip(alone, want_gradients, strict=True):
+        for name, g in zip(leaves, want_gradients, strict=True):
             errors[f"d{name}[{part.start}]"] = _relative(gradients[name][part], g)
     name = max(errors, key=lambda n: errors[n])
     tolerance = TOLERANCES[case.tolerance][dtype]
     return Result(case.name, shape, _name(dtype), "large", 1, name, errors[name], tolerance)
+
+
+def _first(outputs: Any) -> Tensor:
+    return next(iter(named_tensors(outputs)))[1]
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

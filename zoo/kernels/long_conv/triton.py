@@ -76,7 +76,7 @@ def _backward(
     _convolve(dturned, kernel, skip, du_turned, seen - T, reverse=True)
     _turn(du_turned, du, seen)
 
-    config = configured("long_conv.pairs", pairs_config, turned)
+    config = configured("long_conv.pairs_backward", pairs_config, turned)
     C = config.chunk
     distances = triton.cdiv(L, C) + 1
     blocks = triton.cdiv(B // groups, config.block)
@@ -165,7 +165,7 @@ def _convolve(x: Tensor, kernel: Tensor, skip: Tensor | None, out: Tensor, past:
     B, D, Y = out.shape
     kernel = rows(kernel)
     batch = B // len(kernel)
-    config = configured("long_conv.convolve", convolve_config, x)
+    config = configured("long_conv.backward" if reverse else "long_conv.forward", convolve_config, x)
     kernels.convolve_kernel[(B // batch * D * triton.cdiv(batch, config.block) * triton.cdiv(Y, config.chunk),)](
         x, kernel, x if skip is None else skip.contiguous(), out, x.shape[2], Y, kernel.shape[2], past, batch,
         *kernel.stride()[:2],

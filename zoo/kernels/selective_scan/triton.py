@@ -67,7 +67,7 @@ def _forward(
     A, D and, of dt, B and C, those that are not `by_step` have groups as their first axis.
     """
     batch, T, channels = x.shape
-    config = configured("selective_scan", config_of, A)
+    config = configured("selective_scan.forward", config_of, A)
     tensors, strides, options = _prepared(x, dt, A, B, C, D, z, by_step, config)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     last, kept = (
@@ -117,7 +117,7 @@ def _backward(
     """Of x, dt, A, B, C, D, z and the initial state; those without an input have no elements."""
     batch, T, channels = x.shape
     groups, _, N = A.shape
-    config = configured("selective_scan", config_of, A)
+    config = configured("selective_scan.forward", config_of, A)
     tensors, strides, options = _prepared(x, dt, A, B, C, D, z, by_step, config)
     blocks = triton.cdiv(channels, config.block)
     dy = rows(dy)
@@ -224,7 +224,7 @@ def _prepared(
 def _state_shapes(x: Tensor, A: Tensor, return_state: bool, keep: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     batch, T, D = x.shape
     N = A.shape[2]
-    chunks = triton.cdiv(T, configured("selective_scan", config_of, A).chunk)
+    chunks = triton.cdiv(T, configured("selective_scan.forward", config_of, A).chunk)
     return (batch, D, N) if return_state else (batch, 0), (batch, chunks, D, N) if keep else (batch, 0)
 
 

@@ -1,117 +1,176 @@
-"""A tile of tokens and channels a program. Its shifted tiles overlap: all but one come out of a core's own cache."""
+"""A program walks ROWS chunks of C tokens side by side, the last W inputs of each in registers."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from zoo.kernels.tiles import load_rows, store_rows
+
+@triton.jit
+def place(per_group, chunks, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The group, sequences and chunks of this program's rows, which of them there are, and its channels."""
+    blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
+    d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    part = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    parts = tl.cdiv(per_group * chunks, ROWS)
+    row = part % parts * ROWS + tl.arange(0, ROWS)
+    group = part // parts
+    return group, group * per_group + row // chunks, row % chunks, row < per_group * chunks, d, part
 
 
 @triton.jit
-def load_inputs(x, x_t, first, t, d, T, D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, HAS_FIRST: tl.constexpr):
-    """Tokens t of one sequence in fp32; before its start they are those of `first` (W-1, D), or zeros."""
-    inputs = load_rows(x, t, x_t, (t >= 0) & (t < T), d, D, BLOCK).to(tl.float32)
-    if HAS_FIRST:
-        inputs += load_rows(first, t + W - 1, D, (t < 0) & (t > -W), d, D, BLOCK).to(tl.float32)
-    return inputs
+def load_at(x, t, live, d, T, D: tl.constexpr, BLOCK: tl.constexpr):
+    """What x (ROWS, BLOCK) points to where token t of its row is in the sequence."""
+    mask = (live & (t >= 0) & (t < T))[:, None]
+    if D % BLOCK != 0:
+        mask = mask & (d < D)[None, :]
+    return tl.load(x, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_tap(weight, j, d, D: tl.constexpr, W: tl.constexpr):
-    """What x_{t-j} is multiplied by."""
-    return tl.load(weight + d * W + (W - 1 - j), mask=d < D, other=0.0).to(tl.float32)[None, :]
+def load_input(
+    x, first, t, live, d, T, D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, FROM_FIRST: tl.constexpr
+):
+    """As load_at; before the sequence, what `first` holds: it points to (W-1, D) for each row."""
+    b_x = load_at(x, t, live, d, T, D, BLOCK)
+    if FROM_FIRST:
+        mask = (live & (t < 0) & (t > -W))[:, None] & (d < D)[None, :]
+        b_x += tl.load(first + (t + W - 1)[:, None] * D, mask=mask, other=0.0)
+    return b_x
 
 
 @triton.jit
-def convolve(
-    x, x_t, first, weight, bias, t, d, T,
-    D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FIRST: tl.constexpr,
-):  # fmt: skip
-    total = load_tap(weight, 0, d, D, W) * load_inputs(x, x_t, first, t, d, T, D, W, BLOCK, HAS_FIRST)
+def load_taps(weight, d, D: tl.constexpr, W: tl.constexpr):
+    """What x_{t-W+1}, ..., x_t are multiplied by."""
+    taps = (tl.load(weight + d * W, mask=d < D, other=0.0).to(tl.float32)[None, :],)
     for j in tl.static_range(1, W):
-        total += load_tap(weight, j, d, D, W) * load_inputs(x, x_t, first, t - j, d, T, D, W, BLOCK, HAS_FIRST)
-    if HAS_BIAS:
-        total += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    return total
+        taps = taps + (tl.load(weight + d * W + j, mask=d < D, other=0.0).to(tl.float32)[None, :],)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no star
+    return taps
 
 
 @triton.jit
-def load_slopes(
-    x, x_t, first, weight, bias, dy, dy_t, t, d, T,
-    D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
-    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FIRST: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the sum at tokens t; zeros outside the sequence."""
-    slopes = load_rows(dy, t, dy_t, (t >= 0) & (t < T), d, D, BLOCK).to(tl.float32)
-    if SILU:
-        total = convolve(x, x_t, first, weight, bias, t, d, T, D, W, BLOCK, HAS_BIAS, HAS_FIRST)
-        gate = tl.sigmoid(total)
-        slopes *= gate * (1 + total * (1 - gate))
-    return slopes
+def convolve(seen, taps, bias, i: tl.constexpr, W: tl.constexpr):
+    """The sum at token i of the chunk."""
+    total = bias + taps[0] * seen[i].to(tl.float32)
+    for j in tl.static_range(1, W):
+        total += taps[j] * seen[i + j].to(tl.float32)
+    return total
 
 
 @triton.jit
 def forward_kernel(
     x, weight, bias, first, y, T, per_group, x_b, x_t,
-    D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence, chunk of C tokens and BLOCK channels; weights (groups, D, W), bias (groups, D)."""
-    blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
-    d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    chunks = tl.cdiv(T, C)
-    t = tl.program_id(0) // blocks % chunks * C + tl.cast(tl.arange(0, C), tl.int64)
-    b = tl.cast(tl.program_id(0) // (blocks * chunks), tl.int64)
-    group = b // per_group
-    total = convolve(
-        x + b * x_b, x_t, first + b * (W - 1) * D, weight + group * D * W, bias + group * D, t, d, T,
-        D, W, BLOCK, HAS_BIAS, HAS_FIRST,
-    )  # fmt: skip
-    if SILU:
-        total *= tl.sigmoid(total)
-    store_rows(y + b * T * D, total, t, D, t < T, d, D, BLOCK)
+    """One program per group, ROWS chunks and BLOCK channels; weight (groups, D, W), bias (groups, D)."""
+    group, b, chunk, live, d, _ = place(per_group, tl.cdiv(T, C), D, BLOCK, ROWS)
+    start = chunk * C
+    x += (b * x_b + start * x_t)[:, None] + d[None, :]
+    y += (b * T * D + start * D)[:, None] + d[None, :]
+    first += (b * (W - 1) * D)[:, None] + d[None, :]
+    taps = load_taps(weight + group * D * W, d, D, W)
+    b_bias = tl.zeros((1, BLOCK), tl.float32)
+    if HAS_BIAS:
+        b_bias = tl.load(bias + group * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    # All loads before the first store, which would hold them up.
+    seen = (load_input(x - (W - 1) * x_t, first, start - (W - 1), live, d, T, D, W, BLOCK, HAS_FIRST and W > 1),)
+    for i in tl.static_range(1, C + W - 1):
+        t = i - (W - 1)
+        b_x = load_input(x + t * x_t, first, start + t, live, d, T, D, W, BLOCK, HAS_FIRST and t < 0)
+        seen = seen + (b_x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no star
+    for i in tl.static_range(C):
+        total = convolve(seen, taps, b_bias, i, W)
+        if SILU:
+            total *= tl.sigmoid(total)
+        mask = (live & (start + i < T))[:, None] & (d < D)[None, :]
+        tl.store(y + i * D, total.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def backward_kernel(
-    x, weight, bias, first, dy, dx, dtaps, dfirst, T, per_group, x_b, x_t, dy_b, dy_t,
-    D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
+    x, weight, bias, first, dy, dx, parts, dfirst, T, per_group, x_b, x_t, dy_b, dy_t,
+    D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """As the forward. With an initial state the chunks begin W-1 tokens earlier, and dx there is its gradient.
 
-    dtaps (B, chunks, W + HAS_BIAS, D): the part of each chunk in the gradient of the taps, in their order in memory,
-    and of the bias behind them.
+    parts (groups, programs, W + HAS_BIAS, D): each program's part in the gradient of the taps and of the bias.
     """
     past: tl.constexpr = W - 1 if HAS_FIRST else 0
-    blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
-    d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    chunks = tl.cdiv(T + past, C)
-    chunk = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    t = chunk % chunks * C - past + tl.cast(tl.arange(0, C), tl.int64)
-    b = chunk // chunks
-    group = b // per_group
-    x += b * x_b
-    dy += b * dy_b
-    first += b * (W - 1) * D
-    weight += group * D * W
-    bias += group * D
-    dtaps += chunk * (W + HAS_BIAS) * D + d
-
-    slopes = load_slopes(
-        x, x_t, first, weight, bias, dy, dy_t, t, d, T, D, W, BLOCK, SILU, HAS_BIAS, HAS_FIRST
-    )  # fmt: skip
-    b_dx = load_tap(weight, 0, d, D, W) * slopes
-    for j in tl.static_range(1, W):
-        b_dx += load_tap(weight, j, d, D, W) * load_slopes(
-            x, x_t, first, weight, bias, dy, dy_t, t + j, d, T, D, W, BLOCK, SILU, HAS_BIAS, HAS_FIRST
-        )  # fmt: skip
-    for j in tl.static_range(W):
-        dtap = tl.sum(slopes * load_inputs(x, x_t, first, t - j, d, T, D, W, BLOCK, HAS_FIRST), 0)
-        tl.store(dtaps + (W - 1 - j) * D, dtap, mask=d < D)
+    group, b, chunk, live, d, part = place(per_group, tl.cdiv(T + past, C), D, BLOCK, ROWS)
+    start = chunk * C - past
+    x += (b * x_b + start * x_t)[:, None] + d[None, :]
+    dy += (b * dy_b + start * dy_t)[:, None] + d[None, :]
+    dx += (b * T * D + start * D)[:, None] + d[None, :]
+    first += (b * (W - 1) * D)[:, None] + d[None, :]
+    dfirst += (b * (W - 1) * D)[:, None] + d[None, :]
+    taps = load_taps(weight + group * D * W, d, D, W)
+    b_bias = tl.zeros((1, BLOCK), tl.float32)
     if HAS_BIAS:
-        tl.store(dtaps + W * D, tl.sum(slopes, 0), mask=d < D)
-    store_rows(dx + b * T * D, b_dx, t, D, (t >= 0) & (t < T), d, D, BLOCK)
-    if HAS_FIRST:
-        store_rows(dfirst + b * (W - 1) * D, b_dx, t + past, D, t < 0, d, D, BLOCK)
+        b_bias = tl.load(bias + group * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+
+    # Inputs from token -W+1 of the chunk on, and what reaches the outputs from its first token on.
+    seen = (load_input(x - (W - 1) * x_t, first, start - (W - 1), live, d, T, D, W, BLOCK, HAS_FIRST and W > 1),)
+    for i in tl.static_range(1, C + (W - 1) * (1 + SILU)):
+        t = i - (W - 1)
+        b_x = load_input(x + t * x_t, first, start + t, live, d, T, D, W, BLOCK, HAS_FIRST and t < past)
+        seen = seen + (b_x,)  # type: ignore[assignment]  # noqa: RUF005
+    given = (load_at(dy, start, live, d, T, D, BLOCK),)
+    for i in tl.static_range(1, C + W - 1):
+        given = given + (load_at(dy + i * dy_t, start + i, live, d, T, D, BLOCK),)  # type: ignore[assignment]  # noqa: RUF005
+
+    zeros = tl.zeros((ROWS, BLOCK), tl.float32)
+    dtaps = (zeros,)
+    for _ in tl.static_range(W):
+        dtaps = dtaps + (zeros,)  # type: ignore[assignment]  # noqa: RUF005
+    slopes = (zeros,)
+    for i in tl.static_range(C + W - 1):
+        slope = given[i].to(tl.float32)
+        if SILU:
+            total = convolve(seen, taps, b_bias, i, W)
+            gate = tl.sigmoid(total)
+            slope *= gate * (1 + total * (1 - gate))
+        slopes = slopes + (slope,)  # type: ignore[assignment]  # noqa: RUF005
+        if i < C:
+            sums = (dtaps[0] + slope * seen[i].to(tl.float32),)
+            for j in tl.static_range(1, W):
+                sums = sums + (dtaps[j] + slope * seen[i + j].to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+            dtaps = sums + (dtaps[W] + slope,)  # type: ignore[assignment]  # noqa: RUF005
+        if i >= W - 1:
+            b_dx = zeros
+            for j in tl.static_range(W):
+                b_dx += taps[W - 1 - j] * slopes[i - (W - 1) + 1 + j]
+            t = start + (i - (W - 1))
+            inside = live[:, None] & (d < D)[None, :]
+            tl.store(dx + (i - (W - 1)) * D, b_dx.to(dx.dtype.element_ty), mask=inside & ((t >= 0) & (t < T))[:, None])
+            if HAS_FIRST and i < W - 1 + past:
+                before = dfirst + (t + past)[:, None] * D
+                tl.store(before, b_dx.to(dfirst.dtype.element_ty), mask=inside & (t < 0)[:, None])
+    parts += part * (W + HAS_BIAS) * D + d
+    for j in tl.static_range(W + HAS_BIAS):
+        tl.store(parts + j * D, tl.sum(dtaps[j], 0), mask=d < D)
+
+
+@triton.jit
+def sum_kernel(
+    parts, dweight, dbias, number,
+    D: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sums parts (groups, number, W + HAS_BIAS, D) over `number`; one program a group and COLUMNS of the sums."""
+    width: tl.constexpr = (W + HAS_BIAS) * D
+    blocks: tl.constexpr = (width + COLUMNS - 1) // COLUMNS
+    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    group = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    parts += group * number * width + column[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, number, ROWS):
+        row = (start + tl.arange(0, ROWS))[:, None]
+        total += tl.load(
+            parts + tl.cast(row, tl.int64) * width, mask=(row < number) & (column < width)[None, :], other=0.0
+        )
+    sums = tl.sum(total, 0)
+    j, d = column // D, column % D
+    tl.store(dweight + group * D * W + d * W + j, sums.to(dweight.dtype.element_ty), mask=j < W)
+    if HAS_BIAS:
+        tl.store(dbias + group * D + d, sums.to(dbias.dtype.element_ty), mask=j == W)

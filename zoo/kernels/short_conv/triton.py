@@ -1,4 +1,4 @@
-"""The fused short convolution: W multiply-adds on a tile, bias and activation included, one launch each way.
+"""The fused short convolution: W multiply-adds on a tile, bias and activation included, one launch forward, two back.
 
 Every tensor of the custom ops has the batch, or the groups that divide the batch evenly and have their own weights,
 as its first axis.
@@ -13,8 +13,12 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows
+from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch, rows
 from zoo.kernels.short_conv import kernels
+
+# Channels of a thread: one load of 8 bytes in 16-bit dtypes.
+PER_THREAD = 4
+SUM_ROWS, SUM_COLUMNS = 128, 16
 
 
 def short_conv(
@@ -42,12 +46,14 @@ def short_conv(
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor | None, silu: bool) -> Tensor:
     """x (B, T, D), weight (groups, D, W), bias (groups, D), first (B, W-1, D)."""
     B, T, D = x.shape
+    groups = len(weight)
     x = rows(x)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    config = configured("short_conv.forward", config_of, x)
-    arguments, options = _prepared(x, weight, bias, first, silu, config)
-    grid = (B * triton.cdiv(T, config.chunk) * triton.cdiv(D, config.block),)
-    kernels.forward_kernel[grid](*arguments, y, T, B // len(weight), *x.stride()[:2], **options)
+    arguments, options = _prepared(x, weight, bias, first, silu, configured("short_conv.forward", config_of, x))
+    parts = triton.cdiv(B // groups * triton.cdiv(T, options["C"]), options["ROWS"])
+    kernels.forward_kernel[(groups * parts * triton.cdiv(D, options["BLOCK"]),)](
+        *arguments, y, T, B // groups, *x.stride()[:2], **options
+    )
     return y
 
 
@@ -59,30 +65,32 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor | None, silu
 @torch.library.custom_op("zoo::short_conv_backward", mutates_args=())
 def _backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor | None, dy: Tensor, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, the gradients of the taps and of the bias behind them (groups, W or W+1, D) in fp32, and dfirst."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias and first; without a bias or first, no elements."""
     B, T, D = x.shape
     groups, _, W = weight.shape
     x, dy = rows(x), rows(dy)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dfirst = torch.empty(_first_shape(x, first), dtype=x.dtype, device=x.device)
-    config = configured("short_conv.backward", config_of, x)
-    chunks = triton.cdiv(T if first is None else T + W - 1, config.chunk)
-    dtaps = torch.empty(groups, B // groups * chunks, W + (bias is not None), D, dtype=torch.float32, device=x.device)
-    arguments, options = _prepared(x, weight, bias, first, silu, config)
-    kernels.backward_kernel[(B * chunks * triton.cdiv(D, config.block),)](
-        *arguments, dy, dx, dtaps, dfirst, T, B // groups, *x.stride()[:2], *dy.stride()[:2], **options
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
+    dbias, dfirst = empty_like(bias, weight), empty_like(first, x)
+    arguments, options = _prepared(x, weight, bias, first, silu, configured("short_conv.backward", config_of, x))
+    chunks = triton.cdiv(T if first is None else T + W - 1, options["C"])
+    parts = triton.cdiv(B // groups * chunks, options["ROWS"])
+    sums = torch.empty(groups, parts, W + (bias is not None), D, dtype=torch.float32, device=x.device)
+    kernels.backward_kernel[(groups * parts * triton.cdiv(D, options["BLOCK"]),)](
+        *arguments, dy, dx, sums, dfirst, T, B // groups, *x.stride()[:2], *dy.stride()[:2], **options
     )
-    return dx, dtaps.sum(1), dfirst
+    kernels.sum_kernel[(groups * triton.cdiv(sums.shape[2] * D, SUM_COLUMNS),)](
+        sums, dweight, dbias, parts, D=D, W=W, HAS_BIAS=bias is not None, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS
+    )
+    return dx, dweight, dbias, dfirst
 
 
 @_backward.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor | None, dy: Tensor, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups, D, W = weight.shape
-    dtaps = x.new_empty(groups, W + (bias is not None), D, dtype=torch.float32)
-    return x.new_empty(x.shape), dtaps, x.new_empty(_first_shape(x, first))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), empty_like(bias, weight), empty_like(first, x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -92,18 +100,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, first = ctx.saved_tensors
-    dx, dtaps, dfirst = torch.ops.zoo.short_conv_backward(x, weight, bias, first, dy, ctx.silu)
-    W = weight.shape[2]
-    dbias = None if bias is None else dtaps[:, W].to(bias.dtype)
-    return dx, dtaps[:, :W].mT.to(weight.dtype), dbias, None if first is None else dfirst, None
+    dx, dweight, dbias, dfirst = torch.ops.zoo.short_conv_backward(x, weight, bias, first, dy, ctx.silu)
+    return dx, dweight, None if bias is None else dbias, None if first is None else dfirst, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def config_of(x: Tensor) -> Config:
-    block = min(triton.next_power_of_2(x.shape[-1]), 128)
-    return Config(chunk=max(2048 // block, 16), block=block, num_warps=4, num_stages=1)
+    """chunk: tokens that a program walks; block: channels."""
+    return Config(chunk=16, block=min(triton.next_power_of_2(x.shape[-1]), 64), num_warps=2, num_stages=1)
 
 
 def _prepared(
@@ -112,13 +118,9 @@ def _prepared(
     """The inputs of both kernels, and their options."""
     tensors = (x, weight.contiguous(), *(x if a is None else a.contiguous() for a in (bias, first)))
     options = {"D": x.shape[2], "W": weight.shape[2], "BLOCK": config.block, "C": config.chunk, "SILU": silu}
+    options |= {"ROWS": max(1, PER_THREAD * 32 * config.num_warps // config.block)}
     options |= {"HAS_BIAS": bias is not None, "HAS_FIRST": first is not None}
     return tensors, options | {"num_warps": config.num_warps, "num_stages": config.num_stages}
-
-
-def _first_shape(x: Tensor, first: Tensor | None) -> tuple[int, ...]:
-    """Without an initial state its gradient has no elements, but the batch, as vmap needs it."""
-    return (x.shape[0], 0) if first is None else tuple(first.shape)
 
 
 fold_batch(_forward)
