@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from zoo.config import DataConfig, MLPConfig, ModelConfig
 from zoo.kernels.answer_loss import AnswerLoss, answer_loss
+from zoo.kernels.residual_norm import ResidualNorm, residual_norm
 from zoo.mixers import LayerInfo, Mixer, mixers
 from zoo.state import State
 
@@ -52,9 +53,6 @@ class Block(nn.Module):
         self.mlp_norm = norm(config.d_model) if config.mlp else None
         self.mlp = MLP(config.d_model, config.mlp) if config.mlp else None
 
-    def mix(self, x: Tensor) -> Tensor:
-        return x + self.mixer(self.norm(x))
-
     def feed(self, x: Tensor) -> Tensor:
         """The MLP half, which looks at each position alone."""
         return x if self.mlp is None or self.mlp_norm is None else x + self.mlp(self.mlp_norm(x))
@@ -84,14 +82,18 @@ class Model(nn.Module):
 
     def features(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens (B, T), positions (B, Q) -> the head's input at those positions (B, Q, D)."""
-        x = self._embed(tokens)
-        for block in self.blocks[:-1]:
-            x = block.feed(block.mix(x))
-        last = self.blocks[-1]
-        x = last.mix(x)
-        # What follows looks at each position alone, so only the asked ones go on.
-        asked = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
-        return self.norm(last.feed(asked))
+        at = positions[..., None].expand(-1, -1, self.config.d_model)
+        x, normed = _join(self._embed(tokens), None, self.blocks[0].norm)
+        for block, after in zip(self.blocks, [*self.blocks[1:], None], strict=True):
+            branch = block.mixer(normed)
+            if after is None:
+                # What follows looks at each position alone, so only the asked ones go on.
+                x, branch = x.gather(1, at), branch.gather(1, at)
+            if block.mlp is not None and block.mlp_norm is not None:
+                x, normed = _join(x, branch, block.mlp_norm)
+                branch = block.mlp(normed)
+            x, normed = _join(x, branch, self.norm if after is None else after.norm)
+        return normed
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens (B, T), positions (B, Q) -> logits (B, Q, V) at those positions."""
@@ -141,6 +143,14 @@ class Model(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         return x if self.positions is None else x + self.positions.weight[: tokens.shape[1]]
+
+
+def _join(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm | nn.RMSNorm) -> ResidualNorm:
+    """The residual stream x with a layer's output added, and `norm` of it, in one pass over memory on a GPU."""
+    if isinstance(norm, nn.LayerNorm):
+        return residual_norm(x, branch, norm.weight, norm.bias, kind="layer", eps=norm.eps)
+    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    return residual_norm(x, branch, norm.weight, kind="rms", eps=eps)
 
 
 def build_model(config: ModelConfig, data: DataConfig, seed: int, device: str | torch.device = "cpu") -> Model:

@@ -1,0 +1,74 @@
+"""A program takes blocks of rows, one after another; a row is in registers from its first load to its last store."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _standardised(stream, column, eps, RMS: tl.constexpr, D: tl.constexpr):
+    """Rows of mean 0 (unless RMS) and mean square 1, and what they were divided by, inverted."""
+    if not RMS:
+        stream = tl.where((column < D)[None, :], stream - (tl.sum(stream, 1) / D)[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(stream * stream, 1) / D + eps)
+    return stream * scale[:, None], scale
+
+
+@triton.jit
+def forward_kernel(
+    x, branch, weight, bias, stream, normed, M, steps, parts, eps,
+    BRANCH: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    column = tl.arange(0, BLOCK_D)
+    scale = tl.load(weight + group * D + column, mask=column < D, other=0.0).to(tl.float32)
+    shift = tl.zeros_like(scale)
+    if BIAS:
+        shift = tl.load(bias + group * D + column, mask=column < D, other=0.0).to(tl.float32)
+    for step in range(steps):
+        row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
+        at = (group.to(tl.int64) * M + row)[:, None] * D + column[None, :]
+        mask = (row < M)[:, None] & (column < D)[None, :]
+        total = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        if BRANCH:
+            total += tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(stream + at, total.to(stream.dtype.element_ty), mask=mask)
+        # What the backward pass will read.
+        total = total.to(stream.dtype.element_ty).to(tl.float32)
+        unit, _ = _standardised(total, column, eps, RMS, D)
+        tl.store(normed + at, (unit * scale[None, :] + shift[None, :]).to(normed.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    stream, weight, dstream, dnormed, dx, dbranch, dweight, dbias, M, steps, parts, eps,
+    BRANCH: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dweight and dbias (groups, parts, D) are sums over the rows of a program."""
+    group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    column = tl.arange(0, BLOCK_D)
+    scale = tl.load(weight + group * D + column, mask=column < D, other=0.0).to(tl.float32)
+    sum_scale, sum_shift = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    for step in range(steps):
+        row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
+        at = (group.to(tl.int64) * M + row)[:, None] * D + column[None, :]
+        mask = (row < M)[:, None] & (column < D)[None, :]
+        unit, inverse = _standardised(tl.load(stream + at, mask=mask, other=0.0).to(tl.float32), column, eps, RMS, D)
+        slope = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
+        sum_scale += tl.sum(slope * unit, 0)
+        sum_shift += tl.sum(slope, 0)
+        slope *= scale[None, :]
+        change = slope - unit * (tl.sum(slope * unit, 1) / D)[:, None]
+        if not RMS:
+            change -= (tl.sum(slope, 1) / D)[:, None]
+        change = change * inverse[:, None] + tl.load(dstream + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + at, change.to(dx.dtype.element_ty), mask=mask)
+        if BRANCH:
+            tl.store(dbranch + at, change.to(dbranch.dtype.element_ty), mask=mask)
+    at = tl.program_id(0) * D + column
+    tl.store(dweight + at, sum_scale, mask=column < D)
+    if BIAS:
+        tl.store(dbias + at, sum_shift, mask=column < D)

@@ -1,0 +1,142 @@
+"""Sum and norm in one pass over memory, both gradients in another.
+
+Every tensor of the custom ops has the groups, streams with weights of their own, as its first axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from zoo.kernels.launch import check_launch, fold_batch
+from zoo.kernels.residual_norm import kernels
+
+# Elements of a program's block, and programs: enough to keep the memory of a GPU busy.
+BLOCK = 4096
+PROGRAMS = 1024
+
+
+def residual_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    check_launch("residual_norm", x, branch, weight)
+    if x.numel() == 0:
+        return (x if branch is None else x + branch), (x * weight).to(dtype)
+    # Where there is none, any tensor stands in: it is not read.
+    given = (x if branch is None else branch, weight, weight if bias is None else bias)
+    rows, others = x.reshape(1, -1, x.shape[-1]), given[0].reshape(1, -1, x.shape[-1])
+    stream, normed = torch.ops.zoo.residual_norm(
+        rows, others, given[1][None], given[2][None], branch is not None, bias is not None, kind == "rms", eps, dtype
+    )
+    return stream.view(x.shape), normed.view(x.shape)
+
+
+@torch.library.custom_op("zoo::residual_norm", mutates_args=())
+def _forward(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    has_branch: bool,
+    has_bias: bool,
+    rms: bool,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    x, branch = x.contiguous(), branch.contiguous()
+    stream, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    programs, launch = _launch(x)
+    kernels.forward_kernel[(programs,)](
+        x, branch, weight.contiguous(), bias.contiguous(), stream, normed, eps=eps,
+        BRANCH=has_branch, BIAS=has_bias, RMS=rms, **launch,
+    )  # fmt: skip
+    return stream, normed
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    has_branch: bool,
+    has_bias: bool,
+    rms: bool,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("zoo::residual_norm_backward", mutates_args=())
+def _backward(
+    stream: Tensor,
+    weight: Tensor,
+    dstream: Tensor,
+    dnormed: Tensor,
+    has_branch: bool,
+    has_bias: bool,
+    rms: bool,
+    eps: float,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups, _, D = stream.shape
+    programs, launch = _launch(stream)
+    dx, dbranch = torch.empty_like(stream), torch.empty_like(stream, dtype=branch_dtype)
+    dweight, dbias = (stream.new_empty(groups, programs // groups, D, dtype=torch.float32) for _ in range(2))
+    kernels.backward_kernel[(programs,)](
+        stream, weight.contiguous(), dstream.contiguous(), dnormed.contiguous(), dx, dbranch, dweight, dbias, eps=eps,
+        BRANCH=has_branch, BIAS=has_bias, RMS=rms, **launch,
+    )  # fmt: skip
+    return dx, dbranch, dweight.sum(1).to(weight.dtype), dbias.sum(1).to(weight.dtype)
+
+
+@_backward.register_fake
+def _(
+    stream: Tensor,
+    weight: Tensor,
+    dstream: Tensor,
+    dnormed: Tensor,
+    has_branch: bool,
+    has_bias: bool,
+    rms: bool,
+    eps: float,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dbranch = stream.new_empty(stream.shape), stream.new_empty(stream.shape, dtype=branch_dtype)
+    return dx, dbranch, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _launch(x: Tensor) -> tuple[int, dict[str, Any]]:
+    """How many programs, and what every kernel is told of its work."""
+    groups, M, D = x.shape
+    block = triton.next_power_of_2(D)
+    rows = max(1, min(BLOCK // block, triton.next_power_of_2(M)))
+    blocks = triton.cdiv(M, rows)
+    steps = triton.cdiv(blocks, max(1, PROGRAMS // groups))
+    parts = triton.cdiv(blocks, steps)
+    sizes = {"M": M, "steps": steps, "parts": parts, "D": D, "BLOCK_D": block, "ROWS": rows}
+    return groups * parts, {**sizes, "num_warps": 4}
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, branch, weight, _, *ctx.options, _ = inputs
+    ctx.branch_dtype = branch.dtype
+    ctx.save_for_backward(output[0], weight)
+
+
+def _gradients(ctx: Any, dstream: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+    stream, weight = ctx.saved_tensors
+    dx, dbranch, dweight, dbias = torch.ops.zoo.residual_norm_backward(
+        stream, weight, dstream, dnormed, *ctx.options, ctx.branch_dtype
+    )
+    has_branch, has_bias, *_ = ctx.options
+    return dx, dbranch if has_branch else None, dweight, dbias if has_bias else None, *[None] * 5
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+fold_batch(_forward)
+fold_batch(_backward)
