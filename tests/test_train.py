@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from zoo.config import Trial, parse
+from zoo.decode import decode_through_state
 from zoo.errors import ConfigError
-from zoo.evaluate import decode_through_state, evaluate, load_slices
+from zoo.evaluate import evaluate, load_slices
 from zoo.fit import learning_rate, make_optimizer, shuffled, turns
 from zoo.model import build_model
+from zoo.pack import Pack
 from zoo.record import Epoch
 from zoo.state import measure_state, named_tensors
 from zoo.tasks import IGNORE
-from zoo.train import run_pack, run_trial, validate
+from zoo.train import run_trial, validate
 
 SLICE = {"task": "mqar", "seq_len": 16, "num_pairs": 2, "vocab_size": 16}
 
@@ -120,10 +122,13 @@ def test_evaluation_through_the_state_agrees_with_the_parallel_form() -> None:
         evaluate(model, slices, through="recurrent")  # type: ignore[arg-type]
 
 
-def test_the_state_is_measured_at_the_length_of_every_slice() -> None:
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_the_state_is_measured_at_the_length_of_every_slice(batched: bool) -> None:
     config = trial()
     model = build_model(config.model, config.data, 0)
-    states, agreement = decode_through_state(model, load_slices(config.data.test, 0, "test", "cpu"), examples=8)
+    slices = load_slices(config.data.test, 0, "test", "cpu")
+    ((states, agreement),) = decode_through_state(Pack([model], batched=batched), slices, examples=8)
     assert [s.seq_len for s in states] == [16, 32]
     for state in states:
         conv, attention = state.layers

@@ -1,4 +1,4 @@
-"""Accuracy by test slice, in the parallel form or through the recurrent state; the state's measured size."""
+"""Accuracy by test slice, in the parallel form or through the recurrent state."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from zoo.config import DataConfig, DataEntry
+from zoo.decode import decode
 from zoo.errors import ConfigError
 from zoo.graphs import Pool, Replay
-from zoo.model import Model, ModelState
-from zoo.pack import Pack
-from zoo.record import Agreement, LayerState, MeasuredState, SliceResult, StateTensor
-from zoo.state import measure_state
+from zoo.model import Model
+from zoo.pack import Pack, evaluating
+from zoo.record import SliceResult
 from zoo.tasks import IGNORE, Split
 
 Through = Literal["parallel", "state"]
@@ -95,8 +95,9 @@ class PackEvaluation:
 
     def run(self) -> None:
         """Start it; a GPU may still be at work when this returns."""
-        for replay in self._replays:
-            replay()
+        with evaluating(self._pack.models):
+            for replay in self._replays:
+                replay()
 
     def results(self) -> list[list[SliceResult]]:
         """Of the last run: for each member, the result of every slice."""
@@ -115,7 +116,6 @@ class PackEvaluation:
             for i in range(len(self._pack))
         ]
 
-    @torch.no_grad()
     def _judge(self, s: int) -> None:
         _, *part = self._slices[s]
         members = len(self._pack)
@@ -138,60 +138,9 @@ def _answers(
     model: Model, tokens: Tensor, positions: Tensor, answers: Tensor, through: Through
 ) -> tuple[Tensor, Tensor]:
     """The sum of the losses, and how many answers are right."""
-    features = model.features(tokens, positions) if through == "parallel" else _decode(model, tokens, positions)[0]
+    features = model.features(tokens, positions) if through == "parallel" else decode(model, tokens, positions)
     loss, prediction = model.judge(features, answers)
     return loss.sum(dtype=torch.float64), (prediction == answers.flatten()).sum()
-
-
-@torch.no_grad()
-def decode_through_state(
-    model: Model, slices: Sequence[Slice], examples: int = 32
-) -> tuple[list[MeasuredState], Agreement]:
-    """Decode the longest slice token by token: the state's size at every slice's length, and how far the answers agree.
-
-    The state after t tokens is counted from the tensors that the decode carries at that moment, for one sequence.
-    """
-    was_training = model.training
-    model.eval()
-    longest = max(slices, key=lambda s: s.tokens.shape[1])
-    tokens, positions, answers = (part[:examples] for part in longest[1:])
-    lengths = sorted({s.tokens.shape[1] for s in slices})
-    features, states = _decode(model, tokens, positions, lengths)
-    parallel = model.features(tokens, positions)
-    asked = answers.flatten() != IGNORE
-    weight = model.embedding.weight
-    logits_parallel = (parallel.flatten(0, 1)[asked] @ weight.T).float()
-    logits_state = (features.flatten(0, 1)[asked] @ weight.T).float()
-    wanted = answers.flatten()[asked]
-    answer_parallel, answer_state = logits_parallel.argmax(-1), logits_state.argmax(-1)
-    model.train(was_training)
-    return states, Agreement(
-        slice_name=longest.name,
-        examples=len(tokens),
-        answers=len(wanted),
-        accuracy_parallel=float((answer_parallel == wanted).float().mean()),
-        accuracy_state=float((answer_state == wanted).float().mean()),
-        same_answers=float((answer_parallel == answer_state).float().mean()),
-        max_logit_error=float((logits_parallel - logits_state).abs().max()),
-    )
-
-
-def measure_model_state(model: Model, state: ModelState, seq_len: int) -> MeasuredState:
-    """Count the tensors of a model's state, for one sequence, layer by layer; learned positions' counter included."""
-    layers = []
-    for index, (spec, layer_state) in enumerate(zip(model.config.blocks, state.layers, strict=True)):
-        size = measure_state(layer_state)
-        layers.append(
-            LayerState(
-                layer=index,
-                mixer=spec.mixer,
-                elements=size.elements,
-                bytes=size.bytes,
-                tensors=tuple(StateTensor(**tensor._asdict()) for tensor in size.tensors),
-            )
-        )
-    whole = measure_state(state)
-    return MeasuredState(seq_len=seq_len, elements=whole.elements, bytes=whole.bytes, layers=tuple(layers))
 
 
 def check_data(data: DataConfig) -> None:
@@ -201,19 +150,3 @@ def check_data(data: DataConfig) -> None:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ConfigError(f"two slices of a mixture are both called {twice!r}; give each slice once.")
-
-
-def _decode(
-    model: Model, tokens: Tensor, positions: Tensor, lengths: Iterable[int] = ()
-) -> tuple[Tensor, list[MeasuredState]]:
-    """Features (B, Q, D) at `positions`, carrying only the state; its size after each of `lengths` tokens."""
-    state = model.init_state(len(tokens))
-    wanted = set(lengths)
-    outputs, sizes = [], []
-    for t in range(tokens.shape[1]):
-        y, state = model.step(tokens[:, t], state)
-        outputs.append(y)
-        if t + 1 in wanted:
-            sizes.append(measure_model_state(model, state, t + 1))
-    features = torch.stack(outputs, dim=1)
-    return features.gather(1, positions[..., None].expand(-1, -1, features.shape[-1])), sizes

@@ -12,7 +12,7 @@ Pool = Any
 
 
 class Replay:
-    """A function without arguments or results, over tensors that stay where they are.
+    """A function without arguments, over tensors that stay where they are; its result is not used.
 
     On a GPU its kernels are recorded at the first call and replayed from then on, at no cost to the host; elsewhere it
     is called. rehearse: what the first call runs beforehand, without lasting effect, so that kernels are compiled and
@@ -21,10 +21,10 @@ class Replay:
 
     def __init__(
         self,
-        function: Callable[[], None],
+        function: Callable[[], object],
         device: torch.device,
         rehearse: Callable[[], object],
-        pool: Pool | None,
+        pool: Pool | None = None,
     ) -> None:
         self._function = function
         self._rehearse = rehearse

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from zoo.model import Model
+from zoo.state import State, map_tensors, named_tensors
 
 Function = Callable[..., Any]
 """What a pack computes: of one member's model and its share of the inputs."""
@@ -43,19 +45,27 @@ class Pack:
     def __len__(self) -> int:
         return len(self.models)
 
-    def call(self, function: Function, *inputs: Tensor) -> Any:
-        """function(model, *inputs) of every member, stacked; inputs have the members as their first axis."""
-        if self.batched:
-            caller = _Caller(self.models[0], function)
-            tensors = {f"model.{name}": stack for name, stack in (self._stacks | self._buffers).items()}
-            with warnings.catch_warnings():
-                # Of an operation that vmap can only run member by member: right all the same.
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                return vmap(lambda tensors, *x: functional_call(caller, tensors, x))(tensors, *inputs)
-        results = [function(model, *(x[i] for x in inputs)) for i, model in enumerate(self.models)]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results)
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    def call(self, function: Function, *inputs: State) -> State:
+        """function(model, *inputs) of every member, stacked.
+
+        Inputs and result are made of tensors as a state is (zoo.state); all have the members as their first axis.
+        """
+        if not self.batched:
+            results = [function(m, *map_tensors(lambda t, i=i: t[i], inputs)) for i, m in enumerate(self.models)]
+            columns = zip(*([t for _, t in named_tensors(result)] for result in results), strict=True)
+            return _rebuilt(results[0], [torch.stack(column) for column in columns])
+        caller = _Caller(self.models[0], function)
+        parameters = {f"model.{name}": stack for name, stack in (self._stacks | self._buffers).items()}
+        shape: list[State] = []
+
+        def call_one(parameters: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+            shape[:] = [functional_call(caller, parameters, _rebuilt(inputs, tensors))]
+            return tuple(t for _, t in named_tensors(shape[0]))
+
+        with warnings.catch_warnings():
+            # Of an operation that vmap can only run member by member: right all the same.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return _rebuilt(shape, vmap(call_one)(parameters, *(t for _, t in named_tensors(inputs))))[0]
 
     def gradients(self, function: Function, *inputs: Tensor) -> Tensor:
         """Losses (members,) of function, as in `call`; each member's gradients are left in its model's parameters."""
@@ -73,6 +83,26 @@ class Pack:
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses)
+
+
+@contextmanager
+def evaluating(models: Iterable[Model]) -> Iterator[None]:
+    """Models in evaluation mode without gradients, and as they were afterwards."""
+    before = [(model, model.training) for model in models]
+    try:
+        for model, _ in before:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for model, training in before:
+            model.train(training)
+
+
+def _rebuilt(like: State, tensors: Iterable[Tensor]) -> State:
+    """Tensors in the order of `named_tensors` -> a state of the structure of `like`."""
+    values = iter(tensors)
+    return map_tensors(lambda _: next(values), like)
 
 
 class _Caller(nn.Module):

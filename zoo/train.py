@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from zoo.config import DataEntry, Trial
+from zoo.decode import decode_through_state
 from zoo.errors import ConfigError
-from zoo.evaluate import PackEvaluation, Slice, check_data, decode_through_state, load_slices, mean_accuracy
+from zoo.evaluate import PackEvaluation, Slice, check_data, load_slices, mean_accuracy
 from zoo.fit import Fit, Run
 from zoo.model import Model, build_model
 from zoo.pack import Pack
@@ -87,12 +88,11 @@ def run_pack(
     train_seconds = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    evaluation = PackEvaluation(
-        Pack([run.model for run in runs], batched=_on_gpu(runs)), test, trials[0].training.dtype
-    )
+    pack = Pack([run.model for run in runs], batched=_on_gpu(runs))
+    evaluation = PackEvaluation(pack, test, trials[0].training.dtype)
     evaluation.run()
     tested = evaluation.results()
-    decoded = [decode_through_state(run.model, test) for run in runs]
+    decoded = decode_through_state(pack, test)
     evaluate_seconds = time.perf_counter() - clock
     timing = Timing(
         data=data_seconds / len(runs), train=train_seconds / len(runs), evaluate=evaluate_seconds / len(runs)
