@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from zoo.config import DataConfig, MLPConfig, ModelConfig
 from zoo.kernels.answer_loss import AnswerLoss, answer_loss
 from zoo.kernels.residual_norm import ResidualNorm, residual_norm
+from zoo.kernels.token_embedding import token_embedding
 from zoo.mixers import LayerInfo, Mixer, mixers
 from zoo.state import State
 
@@ -141,7 +142,7 @@ class Model(nn.Module):
         return self.norm(x), ModelState(tuple(states), position)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+        x = token_embedding(tokens, self.embedding.weight)
         return x if self.positions is None else x + self.positions.weight[: tokens.shape[1]]
 
 
