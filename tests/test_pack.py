@@ -17,7 +17,7 @@ from zoo.executors import Job, Setting, execute
 from zoo.fit import mean_loss
 from zoo.model import Model, build_model
 from zoo.pack import Pack
-from zoo.sweep import make_packs, plan_sweep, run_sweep
+from zoo.sweep import make_packs, parse_shard, plan_sweep, run_sweep
 from zoo.train import run_pack, run_trial
 
 
@@ -102,6 +102,12 @@ def test_a_sweep_packs_what_differs_in_learning_rate_and_seed_alone(tmp_path: An
     assert costs == sorted(costs, reverse=True)
     for pack in packs:
         assert len({job.trial["model"]["d_model"] for job in pack}) == 1
+    shards = [make_packs(plan_sweep(sweep, tmp_path), 4, (k, 3)) for k in (1, 2, 3)]
+    assert sorted(job.key for shard in shards for pack in shard for job in pack) == sorted(t.key for t in sweep.trials)
+    with pytest.raises(ConfigError, match="shard 5/4 is none"):
+        run_sweep(sweep, tmp_path, shard=parse_shard("5/4"))
+    with pytest.raises(ConfigError, match="'2' is not of the form K/N"):
+        parse_shard("2")
     with pytest.raises(ConfigError, match="pack 0 must be at least 1"):
         run_sweep(sweep, tmp_path, pack=0)
 

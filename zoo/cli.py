@@ -106,6 +106,7 @@ device_option = click.option("--device", help="cpu or cuda. Left out: cuda where
     help="Trials that may train together, where learning rate, weight decay and seed alone tell them apart; left out: "
     "16 on a GPU, 1 on a CPU.",
 )
+@click.option("--shard", metavar="K/N", default="1/1", help="Run the K-th of N parts, in the run folder NAME-K-of-N.")
 @device_option
 @click.option("--dry-run", is_flag=True, help="Print the trials and what they cost; run nothing.")
 @click.option("--retry-failed", is_flag=True, help="Run trials whose record is a failure again.")
@@ -122,6 +123,7 @@ def sweep(
     workers: int | None,
     threads: int,
     pack: int | None,
+    shard: str,
     device: str | None,
     dry_run: bool,
     retry_failed: bool,
@@ -135,12 +137,14 @@ def sweep(
     """
     from zoo.config import Sweep
     from zoo.registry import load_plugins
-    from zoo.sweep import plan_sweep, run_sweep
+    from zoo.sweep import parse_shard, plan_sweep, run_sweep
     from zoo.text import plan_text
 
     load_plugins(plugins)
     trials = Sweep.load(grid, list(overrides))
-    run = Path(run_dir) if run_dir else Path("runs") / trials.name
+    part = parse_shard(shard)
+    name = trials.name if part == (1, 1) else f"{trials.name}-{part[0]}-of-{part[1]}"
+    run = Path(run_dir) if run_dir else Path("runs") / name
     if dry_run:
         click.echo(plan_text(plan_sweep(trials, run, retry_failed=retry_failed, every=True), run))
         return
@@ -152,6 +156,7 @@ def sweep(
         workers=workers,
         threads=threads,
         pack=pack,
+        shard=part,
         plugins=plugins,
         retry_failed=retry_failed,
         progress=not quiet,

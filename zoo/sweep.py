@@ -95,6 +95,7 @@ def run_sweep(
     workers: int | None = None,
     threads: int = 1,
     pack: int | None = None,
+    shard: tuple[int, int] = (1, 1),
     plugins: Sequence[str] = (),
     retry_failed: bool = False,
     progress: bool = True,
@@ -107,7 +108,9 @@ def run_sweep(
     pack: trials that may train together, if only learning rate, weight decay and seed tell them apart; None is
     GPU_PACK on a GPU, where a pack costs little more than a trial, and 1 elsewhere.
     plugins: files or modules that workers import; this process must have imported them already.
-    retry_failed: run trials whose record is a failure again. progress: report on stderr.
+    shard: (k, n) runs the k-th of n equally dear parts, for machines without a Ray between them; each part needs a run
+    folder of its own, and figures take several. retry_failed: run trials whose record is a failure again. progress:
+    report on stderr.
 
     Ctrl-C ends it with a summary whose `interrupted` is set; the same call later goes on.
 
@@ -117,7 +120,7 @@ def run_sweep(
         UnsupportedError: the executor or the device is not there.
     """
     begin = time.monotonic()
-    _check_arguments(executor, workers, threads, pack)
+    _check_arguments(executor, workers, threads, pack, shard)
     setting = make_setting(device, threads, plugins, executor)
     plan = plan_sweep(sweep, run_dir, retry_failed=retry_failed)
     earlier = tuple(p.record for p in plan if p.record is not None and not p.will_run)
@@ -126,7 +129,7 @@ def run_sweep(
     interrupted = False
     with store.lock():
         # Long packs first: the last ones to end are then short, and no slot idles for long.
-        packs = make_packs(plan, pack or (GPU_PACK if setting.device.startswith("cuda") else 1))
+        packs = make_packs(plan, pack or (GPU_PACK if setting.device.startswith("cuda") else 1), shard)
         jobs = [job for members in packs for job in members]
         store.write_sweep({"name": sweep.name, "source": sweep.source, "keys": [t.key for t in sweep.trials]})
         try:
@@ -178,17 +181,24 @@ def plan_sweep(
     return plan
 
 
-def make_packs(plan: Iterable[PlannedTrial], size: int) -> list[JobPack]:
-    """The trials that will run, up to `size` in a pack, the dearest pack first."""
+def make_packs(plan: Iterable[PlannedTrial], size: int, shard: tuple[int, int] = (1, 1)) -> list[JobPack]:
+    """The trials of a shard that will run, up to `size` in a pack, the dearest pack first.
+
+    What has a record does not move the others to another shard.
+    """
     from zoo.train import pack_identity
 
-    alike: dict[str, list[Job]] = {}
+    alike: dict[str, list[PlannedTrial]] = {}
     for planned in plan:
-        if planned.will_run and planned.cost is not None:
-            job = Job.of(planned.trial, planned.cost.flops)
-            alike.setdefault(pack_identity(planned.trial), []).append(job)
-    packs = [tuple(jobs[i : i + size]) for jobs in alike.values() for i in range(0, len(jobs), size)]
-    return sorted(packs, key=lambda pack: -sum(job.cost for job in pack))
+        alike.setdefault(pack_identity(planned.trial), []).append(planned)
+    chunks = [some[i : i + size] for some in alike.values() for i in range(0, len(some), size)]
+    k, n = shard
+    # Neighbours in the grid cost about the same, so every n-th is a fair share.
+    packs = [
+        tuple(Job.of(p.trial, p.cost.flops) for p in chunk if p.will_run and p.cost is not None)
+        for chunk in chunks[k - 1 :: n]
+    ]
+    return sorted(filter(None, packs), key=lambda pack: -sum(job.cost for job in pack))
 
 
 def _estimate(trials: list[Trial]) -> dict[str, Cost]:
@@ -263,7 +273,17 @@ def _choose(executor: str, setting: Setting, workers: int | None, packs: int) ->
     return RayExecutor(setting, workers)
 
 
-def _check_arguments(executor: str, workers: int | None, threads: int, pack: int | None) -> None:
+def parse_shard(text: str) -> tuple[int, int]:
+    """2/4 -> (2, 4). Raises ConfigError."""
+    k, _, n = text.partition("/")
+    if not (k.isdigit() and n.isdigit()):
+        raise ConfigError(f"shard {text!r} is not of the form K/N, such as 2/4.")
+    return int(k), int(n)
+
+
+def _check_arguments(
+    executor: str, workers: int | None, threads: int, pack: int | None, shard: tuple[int, int]
+) -> None:
     if executor not in get_args(ExecutorName):
         raise ConfigError(f"unknown executor {executor!r}; use one of {', '.join(get_args(ExecutorName))}.")
     if workers is not None and workers < 1:
@@ -272,6 +292,8 @@ def _check_arguments(executor: str, workers: int | None, threads: int, pack: int
         raise ConfigError(f"threads {threads} must be at least 1.")
     if pack is not None and pack < 1:
         raise ConfigError(f"pack {pack} must be at least 1.")
+    if not 1 <= shard[0] <= shard[1]:
+        raise ConfigError(f"shard {shard[0]}/{shard[1]} is none; the first of four is 1/4, the last 4/4.")
     if executor == "ray":
         import_ray()
 
