@@ -71,7 +71,10 @@ class Pack:
         """Losses (members,) of function, as in `call`; each member's gradients are left in its model's parameters."""
         if self.batched:
             losses = self.call(function, *inputs)
-            gradients = torch.autograd.grad(losses.sum(), list(self._stacks.values()), allow_unused=True)
+            stacks = list(self._stacks.values())
+            gradients = torch.autograd.grad(losses.sum(), stacks, allow_unused=True)
+            # Laid out as the parameters are, which fused optimisers need.
+            gradients = [g if g is None else _like(g, stack) for g, stack in zip(gradients, stacks, strict=True)]
             for i, model in enumerate(self.models):
                 for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                     parameter.grad = None if gradient is None else gradient[i]
@@ -83,6 +86,10 @@ class Pack:
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses)
+
+
+def _like(gradient: Tensor, stack: Tensor) -> Tensor:
+    return gradient if gradient.stride() == stack.stride() else torch.empty_like(stack).copy_(gradient)
 
 
 @contextmanager

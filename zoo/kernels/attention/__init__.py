@@ -8,7 +8,7 @@ from zoo.errors import UnsupportedError
 from zoo.kernels.backend import backend
 from zoo.kernels.shapes import check_shapes
 
-IMPLS = ("reference", "chunked")
+IMPLS = ("reference", "chunked", "flash")
 
 
 def causal_attention(
@@ -32,7 +32,7 @@ def causal_attention(
         v: (B, Tk, G, V).
         window: how many keys a query sees, itself among them; None for all.
         scale: of the scores; None for K**-0.5.
-        impl: "reference", "chunked", or None to choose by device.
+        impl: "reference", "chunked", "flash", or None to choose by device.
 
     Returns:
         o (B, Tq, H, V) in v's dtype; the softmax is taken in fp32 (fp64 for fp64 v).
@@ -58,4 +58,6 @@ def causal_attention(
         )
     if scale is None:
         scale = sizes["K"] ** -0.5
+    if impl is None and q.is_cuda:
+        impl = "flash"
     return backend(__name__, IMPLS, impl, q.device).causal_attention(q, k, v, window=window, scale=scale)
