@@ -9,6 +9,7 @@ import torch
 from test_train import comparable, trial
 from torch.nn import functional as F
 
+import zoo.mixers.attention
 import zoo.train
 from zoo.config import Sweep
 from zoo.errors import ConfigError
@@ -133,3 +134,25 @@ def test_a_pack_that_raises_falls_apart_and_the_guilty_fails_alone(monkeypatch: 
     assert [record.status for record in records] == ["ok", "failed", "ok"]
     assert records[1].failure is not None
     assert records[1].failure.message == "not with this seed"
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_autocast_reaches_a_batched_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    attend = zoo.mixers.attention.causal_attention
+
+    def watched(q: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        seen.append(q.dtype)
+        return attend(q, *args, **options)
+
+    monkeypatch.setattr(zoo.mixers.attention, "causal_attention", watched)
+    config = trial()
+    models = [build_model(config.model, config.data, seed) for seed in range(2)]
+    part = load_slices(config.data.train, 0, "train", "cpu")[0]
+    losses = []
+    for batched in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            inputs = (x[:8].unflatten(0, (2, 4)) for x in part[1:3])
+            losses.append(Pack(models, batched=batched).call(Model.forward, *inputs).float())
+    assert set(seen) == {torch.bfloat16}
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0.002)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from zoo.model import Model
 from zoo.state import State, map_tensors, named_tensors
@@ -62,7 +64,7 @@ class Pack:
             shape[:] = [functional_call(caller, parameters, _rebuilt(inputs, tensors))]
             return tuple(t for _, t in named_tensors(shape[0]))
 
-        with warnings.catch_warnings():
+        with _AutocastLinear(), warnings.catch_warnings():
             # Of an operation that vmap can only run member by member: right all the same.
             warnings.filterwarnings("ignore", message="There is a performance drop")
             return _rebuilt(shape, vmap(call_one)(parameters, *(t for _, t in named_tensors(inputs))))[0]
@@ -110,6 +112,17 @@ def _rebuilt(like: State, tensors: Iterable[Tensor]) -> State:
     """Tensors in the order of `named_tensors` -> a state of the structure of `like`."""
     values = iter(tensors)
     return map_tensors(lambda _: next(values), like)
+
+
+class _AutocastLinear(TorchFunctionMode):
+    """Linear layers under autocast: vmap takes them apart before autocast sees them, and a bias would stay in fp32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and torch.is_autocast_enabled(args[0].device.type):
+            dtype = torch.get_autocast_dtype(args[0].device.type)
+            args = tuple(x if x is None else x.to(dtype) for x in args)
+            kwargs = {name: x if x is None else x.to(dtype) for name, x in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
 
 
 class _Caller(nn.Module):
