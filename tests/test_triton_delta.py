@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=
 
 RULES = {"delta_rule": delta_rule, "generalized_delta_rule": generalized_delta_rule}
 SHAPES = {"step": "BTH", "channel": "BTHK"}
+OPTIONAL = ("decay", "initial_state")
 
 
 def arguments(name, T, decay=None, *, extreme=None, state=True, dtype=torch.float32, seed=0, **sizes):
@@ -60,6 +61,19 @@ def test_generalized_delta_rule_is_the_recurrence(T):
     check("generalized_delta_rule", arguments("generalized_delta_rule", T, "channel"))
 
 
+@pytest.mark.parametrize("T", [1, 17, 65])
+def test_decays_with_a_bound(T):
+    x = arguments("generalized_delta_rule", T, "channel")
+    x["decay"] = (x["decay"].detach() / 20 * 0.6).requires_grad_()
+    rule = partial(generalized_delta_rule, min_decay=-0.6)
+    check_op(
+        partial(rule, impl="reference"),
+        partial(rule, impl="triton"),
+        x,
+        TOLERANCES["generalized_delta_rule"][torch.float32],
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "decay"), [("delta_rule", "channel"), ("generalized_delta_rule", None), ("generalized_delta_rule", "step")]
 )
@@ -97,6 +111,15 @@ def test_half_precision(name, decay):
     check(name, arguments(name, 34, decay, dtype=torch.float16), torch.float16)
 
 
+@pytest.mark.parametrize(("name", "decay"), [("delta_rule", "step"), ("generalized_delta_rule", "channel")])
+def test_forward_is_the_same_where_nothing_is_kept_for_gradients(name, decay):
+    x = arguments(name, 18, decay)
+    o, S = RULES[name](**x, impl="triton")
+    with torch.no_grad():
+        for got, want in zip(RULES[name](**x, impl="triton"), (o, S), strict=True):
+            assert torch.equal(got, want)
+
+
 def test_one_key_written_again_and_again():
     # (I + N)^-1 is small here, while the powers of N reach 10^8.
     x = arguments("delta_rule", 32, K=3)
@@ -127,32 +150,33 @@ def test_vmap_folds_the_batch(name, decay):
             torch.testing.assert_close(both[n], one, msg=key)
 
 
-def test_vmap_of_the_backward_ops():
-    for name, decay, order in (
-        ("delta_rule", "step", ("q", "k", "v", "beta", "decay", "initial_state", "v", "v", "initial_state")),
-        ("generalized_delta_rule", "channel", (*"qkvab", "decay", "initial_state", "v", "v", "initial_state")),
-    ):
-        packs = [arguments(name, 3, decay, K=3, V=3, seed=seed) for seed in range(2)]
-        op = getattr(torch.ops.zoo, f"{name}_backward")
-        flags = () if name == "delta_rule" else (True,)
-        lists = [[pack[key].detach() for key in order] for pack in packs]
-        stacked = [torch.stack(pair) for pair in zip(*lists, strict=True)]
-        together = torch.func.vmap(lambda *given, op=op, flags=flags: op(*given, *flags))(*stacked)
-        for n, given in enumerate(lists):
-            for both, one in zip(together, op(*given, *flags), strict=True):
-                torch.testing.assert_close(both[n], one)
+@pytest.mark.parametrize(("name", "decay"), [("delta_rule", "step"), ("generalized_delta_rule", "channel")])
+def test_vmap_of_the_backward_ops(name, decay):
+    forward, backward = getattr(torch.ops.zoo, name), getattr(torch.ops.zoo, f"{name}_backward")
+    inputs = ("q", "k", "v", "beta", "decay", "initial_state") if name == "delta_rule" else (*"qkvab", *OPTIONAL)
+    saved = ("q", "k", "beta", "decay", "initial_state") if name == "delta_rule" else inputs
+    before, after = ((), ()) if name == "delta_rule" else ((None,), (None, True))
+    given = []
+    for seed in range(2):
+        x = {key: t.detach() for key, t in arguments(name, 3, decay, K=3, V=3, seed=seed).items()}
+        o, S, *kept = forward(*(x[key] for key in inputs), *before, True, True)
+        given.append([*(x[key] for key in saved), *kept, o, S])
+    together = torch.func.vmap(lambda *tensors: backward(*tensors, *after))(*map(torch.stack, zip(*given, strict=True)))
+    for n, tensors in enumerate(given):
+        for both, one in zip(together, backward(*tensors, *after), strict=True):
+            torch.testing.assert_close(both[n], one)
 
 
 @pytest.mark.parametrize("decay", [None, "step"])
 def test_opcheck_delta_rule(decay):
     x = arguments("delta_rule", 2, decay, K=3, V=3)
-    given = (x["q"], x["k"], x["v"], x["beta"], x.get("decay"), x["initial_state"], True)
+    given = (x["q"], x["k"], x["v"], x["beta"], x.get("decay"), x["initial_state"], True, True)
     torch.library.opcheck(torch.ops.zoo.delta_rule.default, given)
 
 
 def test_opcheck_generalized_delta_rule():
     x = arguments("generalized_delta_rule", 2, "channel", K=3, V=3)
-    given = (x["q"], x["k"], x["v"], x["a"], x["b"], x["decay"], x["initial_state"], True)
+    given = (x["q"], x["k"], x["v"], x["a"], x["b"], x["decay"], x["initial_state"], None, True, True)
     torch.library.opcheck(torch.ops.zoo.generalized_delta_rule.default, given)
 
 

@@ -79,15 +79,11 @@ def _rwkv7_bounded() -> Op:
 
 
 def _configs(shape: Shape, op: str) -> dict[str, list[Config]]:
-    if op == "delta_rule":
-        tried = ["32 32 2 1", "32 32 2 2", "32 64 2 1", "32 64 4 1", "32 64 4 2", "32 32 4 1", "16 32 2 1", "16 32 2 2"]
-        tried += ["16 64 2 1", "16 64 4 1", "16 16 2 1"]
-    else:
-        tried = ["16 64 2 1", "16 64 2 2", "16 64 4 1", "16 32 2 1", "16 32 2 2", "16 16 2 1", "16 32 4 1", "32 32 2 1"]
-    configs = [Config(*map(int, c.split())) for c in tried]
-    each_chunk = [Config(0, 0, num_warps, 1) for num_warps in (1, 2, 4, 8)]
-    kernels = {f"{op}.forward": configs, f"{op}.backward": configs, f"{op}.prepare": each_chunk}
-    return kernels if op == "delta_rule" else kernels | {f"{op}.finish": each_chunk}
+    tried = ["32 32 2 1", "32 32 2 2", "32 32 2 3", "32 16 1 2", "32 16 1 3", "32 64 4 2", "16 32 2 2", "16 16 1 2"]
+    walks = [Config(*map(int, c.split())) for c in tried]
+    chunks = [Config(0, block, num_warps, 1) for num_warps in (1, 2, 4, 8) for block in (32, 64)]
+    kernels = {"forward": walks, "backward": walks, "prepare": chunks[::2], "chunks_backward": chunks}
+    return {f"{op}.{kernel}": configs for kernel, configs in kernels.items()}
 
 
 for _name, _decay, _peers in (

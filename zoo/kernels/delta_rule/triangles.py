@@ -1,4 +1,4 @@
-"""Triangular matrices over the steps of a chunk, row s by column t: what the write of step s means to step t > s."""
+"""Triangular matrices over the steps of a chunk, row t by column s: what the write of step s means to step t > s."""
 
 from __future__ import annotations
 
@@ -28,31 +28,35 @@ def load_square(x, C: tl.constexpr):
 
 
 @triton.jit
-def store_transposed(x, values, C: tl.constexpr):
+def store_square(x, values, C: tl.constexpr):
     i = tl.arange(0, C)
-    tl.store(x + i[None, :] * C + i[:, None], values.to(x.dtype.element_ty))
+    tl.store(x + i[:, None] * C + i[None, :], values.to(x.dtype.element_ty))
 
 
 @triton.jit
-def decay_between(g, C: tl.constexpr, PRECISION: tl.constexpr):
-    """2^(g_{s+1} + ... + g_t) at (s, t) for s <= t, else 0. Every sum is a sum, not a difference of longer ones."""
+def decay_between(g, C: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """2^(g_{s+1} + ... + g_t) at (t, s), or at (s, t), for s <= t, else 0. Every sum is one, not a difference."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    between = tl.dot(tl.where(j > i, g[None, :], 0.0), (i <= j).to(tl.float32), input_precision=PRECISION)
-    return tl.where(i <= j, tl.exp2(between), 0.0)
+    if TRANSPOSED:
+        between = tl.dot(tl.where(j > i, g[None, :], 0.0), (i <= j).to(tl.float32), input_precision=PRECISION)
+        return tl.where(i <= j, tl.exp2(between), 0.0)
+    else:
+        between = tl.dot((j <= i).to(tl.float32), tl.where(i > j, g[:, None], 0.0), input_precision=PRECISION)
+        return tl.where(j <= i, tl.exp2(between), 0.0)
 
 
 @triton.jit
 def pairs_of_halves(x, h: tl.constexpr, C: tl.constexpr):
-    """x (C, C) where row and column are in the first and in the last half of one aligned block of 2h, else 0."""
+    """x (C, C) where row and column are in the last and in the first half of one aligned block of 2h, else 0."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    return tl.where(((j // h) % 2 == 1) & (j // h == i // h + 1), x, 0.0)
+    return tl.where(((i // h) % 2 == 1) & (i // h == j // h + 1), x, tl.zeros_like(x))
 
 
 @triton.jit
 def inverse(x, C: tl.constexpr, HALVINGS: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + x)^-1 for x zero on and below the diagonal, block by block: stable, as powers of x would not be."""
+    """(I + x)^-1 for x zero on and above the diagonal, block by block: stable, as powers of x would not be."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     found = tl.where(i == j, 1.0, 0.0) - pairs_of_halves(x, 1, C)
