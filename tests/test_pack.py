@@ -16,7 +16,9 @@ from zoo.errors import ConfigError
 from zoo.evaluate import load_slices
 from zoo.executors import Job, Setting, execute
 from zoo.fit import mean_loss
+from zoo.kernels.adamw import adamw, unbiasing
 from zoo.model import Model, build_model
+from zoo.optimizer import Moments, OneByOne, Stacked, make_adamw
 from zoo.pack import Pack
 from zoo.sweep import make_packs, parse_shard, plan_sweep, run_sweep
 from zoo.train import run_pack, run_trial
@@ -81,9 +83,8 @@ def test_a_batched_pack_computes_what_its_members_compute(mixer: str) -> None:
     gradients = [[p.grad.clone() for p in model.parameters() if p.grad is not None] for model in models]
     pack = Pack(models, batched=True)
     torch.testing.assert_close(pack.gradients(loss, *inputs), expected, rtol=1e-9, atol=1e-9)
-    for model, before in zip(models, gradients, strict=True):
-        for parameter, gradient in zip(model.parameters(), before, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-10)
+    for stack, rows in zip(pack.gradient_stacks.values(), zip(*gradients, strict=True), strict=True):
+        torch.testing.assert_close(stack, torch.stack(rows), rtol=1e-8, atol=1e-10)
     # The models are the pack's members: a change of one is a change of the other.
     with torch.no_grad():
         models[1].embedding.weight.zero_()
@@ -156,3 +157,40 @@ def test_autocast_reaches_a_batched_pack(monkeypatch: pytest.MonkeyPatch) -> Non
             losses.append(Pack(models, batched=batched).call(Model.forward, *inputs).float())
     assert set(seen) == {torch.bfloat16}
     torch.testing.assert_close(*losses, rtol=0.02, atol=0.002)
+
+
+@pytest.mark.parametrize("clip", [None, 1e-2])
+def test_a_stacked_optimizer_takes_the_steps_of_torchs(clip: float | None) -> None:
+    configs = [trial(optimizer={"lr": lr, "weight_decay": w, "clip": clip}) for lr, w in ((1e-2, 0.5), (3e-3, 0.0))]
+    models = [build_model(c.model, c.data, seed) for seed, c in enumerate(configs)]
+    twins = [build_model(c.model, c.data, seed) for seed, c in enumerate(configs)]
+    alone = OneByOne(twins, [make_adamw(m, c.optimizer) for m, c in zip(twins, configs, strict=True)], clip)
+    moments: list[Moments] = [{}, {}]
+    for done in range(4):
+        # A new pack each time takes up the moments of the last.
+        pack = Pack(models, batched=True)
+        stacked = Stacked(pack, [c.optimizer for c in configs], moments, done)
+        draw = torch.Generator().manual_seed(done)
+        for name, stack in pack.stacks.items():
+            pack.gradient_stacks[name] = torch.randn(stack.shape, generator=draw)
+            for i, twin in enumerate(twins):
+                twin.get_parameter(name).grad = pack.gradient_stacks[name][i].clone()
+        rates = torch.tensor([1e-2, 3e-3]) / (1 + done)
+        stacked.step(rates)
+        alone.step(rates)
+    for model, twin in zip(models, twins, strict=True):
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_fused_optimizer_is_the_formula() -> None:
+    draw = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(3, 41, 30, generator=draw) for _ in range(4)]
+    tensors[3].abs_()
+    rates, decays, scale = (torch.rand(3, generator=draw) for _ in range(3))
+    unbias, results = unbiasing((0.9, 0.99), torch.tensor([2.0], dtype=torch.float64)), []
+    for impl in ("reference", "triton"):
+        p, g, m, v = (t.clone() for t in tensors)
+        adamw(p, g, m, v, rates, decays, unbias, scale, betas=(0.9, 0.99), eps=1e-8, impl=impl)
+        results.append((p, m, v))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)

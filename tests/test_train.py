@@ -12,8 +12,9 @@ from zoo.config import Trial, parse
 from zoo.decode import decode_through_state
 from zoo.errors import ConfigError
 from zoo.evaluate import evaluate, load_slices
-from zoo.fit import learning_rate, make_optimizer, shuffled, turns
+from zoo.fit import learning_rate, shuffled, turns
 from zoo.model import build_model
+from zoo.optimizer import make_adamw
 from zoo.pack import Pack
 from zoo.record import Epoch
 from zoo.state import measure_state, named_tensors
@@ -178,7 +179,7 @@ def test_learning_rate_schedules() -> None:
 def test_weight_decay_spares_norms_biases_and_what_a_mixer_exempts() -> None:
     config = trial(model={"layers": ["mamba"], "mlp": {}})
     model = build_model(config.model, config.data, 0)
-    decayed, exempt = (group["params"] for group in make_optimizer(model, config.optimizer).param_groups)
+    decayed, exempt = (group["params"] for group in make_adamw(model, config.optimizer).param_groups)
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(decayed) + len(exempt) == len(names)
     assert all(p.dim() >= 2 for p in decayed)

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.config import OptimizerConfig, Trial
 from zoo.evaluate import PackEvaluation, Slice, mean_accuracy
 from zoo.graphs import Replay, new_pool
 from zoo.model import Model
+from zoo.optimizer import Moments, OneByOne, PackOptimizer, Stacked, make_adamw
 from zoo.pack import Pack
 from zoo.record import Epoch, SliceResult
 from zoo.tasks import IGNORE
@@ -26,7 +27,8 @@ class Run:
 
     trial: Trial
     model: Model
-    optimizer: torch.optim.AdamW
+    adamw: torch.optim.AdamW
+    moments: Moments = field(default_factory=dict)
     history: list[Epoch] = field(default_factory=list)
     validated: list[SliceResult] = field(default_factory=list)
     steps: int = 0
@@ -35,7 +37,7 @@ class Run:
 
     @classmethod
     def of(cls, trial: Trial, model: Model) -> Run:
-        return cls(trial, model, make_optimizer(model, trial.optimizer))
+        return cls(trial, model, make_adamw(model, trial.optimizer))
 
     @property
     def diverged(self) -> bool:
@@ -71,11 +73,12 @@ class Fit:
         self.rates = zeros(sum(self.steps), members)
         self.losses = zeros(sum(self.steps), members)
         self.rate = zeros(members)
-        for i, run in enumerate(runs):
-            for group in run.optimizer.param_groups:
-                group["lr"] = self.rate[i]
-            if not run.optimizer.state:
-                _create_state(run.optimizer)
+        settings = [run.trial.optimizer for run in runs]
+        self.optimizer: PackOptimizer
+        if batched:
+            self.optimizer = Stacked(self.pack, settings, [run.moments for run in runs], runs[0].steps)
+        else:
+            self.optimizer = OneByOne(self.pack.models, [run.adamw for run in runs], settings[0].clip)
         pool = new_pool(self.device)
         self.replays = [
             Replay(functools.partial(self._step, s), self.device, functools.partial(self._gradients, s), pool)
@@ -175,11 +178,7 @@ class Fit:
     def _step(self, s: int) -> None:
         self.rate.copy_(self.rates.index_select(0, self.index)[0])
         losses = self._gradients(s)
-        clip = self.runs[0].trial.optimizer.clip
-        for run in self.runs:
-            if clip is not None:
-                nn.utils.clip_grad_norm_(run.model.parameters(), clip)
-            run.optimizer.step()
+        self.optimizer.step(self.rate)
         self.losses.index_copy_(0, self.index, losses[None].float())
         self.index += 1
         self.turn[s] += 1
@@ -223,31 +222,3 @@ def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, epoc
     else:
         done = (step - config.warmup_steps) / max(1, steps_per_epoch * epochs - config.warmup_steps)
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with decay on matrices only; a parameter with `_no_weight_decay` is exempt."""
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        plain = parameter.dim() >= 2 and not getattr(parameter, "_no_weight_decay", False)
-        (decayed if plain else exempt).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": exempt, "weight_decay": 0.0},
-    ]
-    on_gpu = decayed[0].is_cuda
-    return torch.optim.AdamW(groups, lr=torch.tensor(config.lr), betas=config.betas, fused=True, capturable=on_gpu)
-
-
-def _create_state(optimizer: torch.optim.AdamW) -> None:
-    """Make the moments, as the first step would, so that a graph can hold that step: here it has no length."""
-    for group in optimizer.param_groups:
-        group["lr"].zero_()
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for state in optimizer.state.values():
-        for value in state.values():
-            value.zero_()
-    optimizer.zero_grad()

@@ -30,14 +30,15 @@ class Pack:
     def __init__(self, models: Sequence[Model], *, batched: bool) -> None:
         self.models = list(models)
         self.batched = batched
-        self._stacks: dict[str, Tensor] = {}
+        self.stacks: dict[str, Tensor] = {}
+        self.gradient_stacks: dict[str, Tensor | None] = {}
         self._buffers: dict[str, Tensor] = {}
         if not batched:
             return
         named = [dict(model.named_parameters()) for model in models]
         for name in named[0]:
             stack = torch.stack([parameters[name].detach() for parameters in named]).requires_grad_()
-            self._stacks[name] = stack
+            self.stacks[name] = stack
             # The models live on, in the stack's memory.
             for i, parameters in enumerate(named):
                 parameters[name].data = stack.detach()[i]
@@ -57,7 +58,7 @@ class Pack:
             columns = zip(*([t for _, t in named_tensors(result)] for result in results), strict=True)
             return _rebuilt(results[0], [torch.stack(column) for column in columns])
         caller = _Caller(self.models[0], function)
-        parameters = {f"model.{name}": stack for name, stack in (self._stacks | self._buffers).items()}
+        parameters = {f"model.{name}": stack for name, stack in (self.stacks | self._buffers).items()}
         shape: list[State] = []
 
         def call_one(parameters: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -70,16 +71,14 @@ class Pack:
             return _rebuilt(shape, vmap(call_one)(parameters, *(t for _, t in named_tensors(inputs))))[0]
 
     def gradients(self, function: Function, *inputs: Tensor) -> Tensor:
-        """Losses (members,) of function, as in `call`; each member's gradients are left in its model's parameters."""
+        """Losses (members,) of function, as in `call`.
+
+        Gradients are left in `gradient_stacks` of a batched pack, and in the models' parameters of another.
+        """
         if self.batched:
             losses = self.call(function, *inputs)
-            stacks = list(self._stacks.values())
-            gradients = torch.autograd.grad(losses.sum(), stacks, allow_unused=True)
-            # Laid out as the parameters are, which fused optimisers need.
-            gradients = [g if g is None else _like(g, stack) for g, stack in zip(gradients, stacks, strict=True)]
-            for i, model in enumerate(self.models):
-                for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                    parameter.grad = None if gradient is None else gradient[i]
+            found = torch.autograd.grad(losses.sum(), list(self.stacks.values()), allow_unused=True)
+            self.gradient_stacks = dict(zip(self.stacks, found, strict=True))
             return losses.detach()
         losses = []
         for i, model in enumerate(self.models):
@@ -88,10 +87,6 @@ class Pack:
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses)
-
-
-def _like(gradient: Tensor, stack: Tensor) -> Tensor:
-    return gradient if gradient.stride() == stack.stride() else torch.empty_like(stack).copy_(gradient)
 
 
 @contextmanager
