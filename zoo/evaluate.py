@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -74,7 +74,10 @@ def evaluate(model: Model, slices: Sequence[Slice], through: Through = "parallel
 
 
 class PackEvaluation:
-    """Accuracy and mean loss of every member of a pack on every slice, again and again."""
+    """Accuracy and mean loss of every member of a pack on every slice.
+
+    With `again`, it is run many times: on a GPU as graphs, whose memory is in `pool`.
+    """
 
     def __init__(
         self,
@@ -83,6 +86,7 @@ class PackEvaluation:
         dtype: Dtype = "float32",
         *,
         through: Through = "parallel",
+        again: bool = False,
         pool: Pool | None = None,
     ) -> None:
         device = slices[0].tokens.device
@@ -90,14 +94,15 @@ class PackEvaluation:
         self._losses = torch.zeros(len(slices), len(pack), dtype=torch.float64, device=device)
         self._hits = torch.zeros(len(slices), len(pack), dtype=torch.int64, device=device)
         self._counts = [int((part.answers != IGNORE).sum()) for part in slices]
-        judge = [functools.partial(self._judge, s) for s in range(len(slices))]
-        self._replays = [Replay(one, device, rehearse=one, pool=pool) for one in judge]
+        self._parts: list[Callable[[], object]] = [functools.partial(self._judge, s) for s in range(len(slices))]
+        if again:
+            self._parts = [Replay(part, device, rehearse=part, pool=pool) for part in self._parts]
 
     def run(self) -> None:
         """Start it; a GPU may still be at work when this returns."""
         with evaluating(self._pack.models):
-            for replay in self._replays:
-                replay()
+            for part in self._parts:
+                part()
 
     def results(self) -> list[list[SliceResult]]:
         """Of the last run: for each member, the result of every slice."""

@@ -84,7 +84,7 @@ class Fit:
             Replay(functools.partial(self._step, s), self.device, functools.partial(self._gradients, s), pool)
             for s in range(len(train))
         ]
-        self.validation = PackEvaluation(self.pack, validation, self.settings.dtype, pool=pool)
+        self.validation = PackEvaluation(self.pack, validation, self.settings.dtype, again=True, pool=pool)
 
     @staticmethod
     def memory_of_one(run: Run, train: Sequence[Slice]) -> int:

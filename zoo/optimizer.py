@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.config import OptimizerConfig
+from zoo.kernels.adamw import adamw, unbiasing
 from zoo.model import Model
 from zoo.pack import Pack
 
@@ -75,8 +76,6 @@ class Stacked:
                 of_member[name] = (mean[i], square[i])
 
     def step(self, rates: Tensor) -> None:
-        from zoo.kernels.adamw import adamw, unbiasing
-
         self.count += 1
         unbias = unbiasing(self.betas, self.count)
         gradients = {name: g for name, g in self.pack.gradient_stacks.items() if g is not None}
