@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zoo import __version__
-from zoo.errors import ConfigError, PluginError, UnknownNameError, ZooError, did_you_mean
+from zoo.errors import ConfigError, PluginError, UnknownNameError, UnsupportedError, ZooError, did_you_mean
 
 if TYPE_CHECKING:
     from zoo.record import Record
@@ -298,6 +299,43 @@ def draw(records: Sequence[Record], base: Path, overlay: str | None = None, by_s
         return save(figure({title: frontier.frontier_table(part) for title, part in settings.items()}, points), base)
     drawn = figure(frontier.frontier_table(records), points, limit=frontier.information_limit(records))
     return save(drawn, base)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+_BENCHMARKS = {
+    "kernels": "Fused ops on a GPU: are they right, and how long do they take?",
+    "solve": "How long does a trial take to .99 validation accuracy?",
+    "train": "How long do packs of trials take, and where does the time go?",
+}
+
+
+class _Bench(_Zoo):
+    """Commands of zoo.bench, each imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_BENCHMARKS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _BENCHMARKS and cmd_name not in self.commands:
+            try:
+                command = importlib.import_module(f"zoo.bench.{cmd_name}").command
+            except ModuleNotFoundError as error:
+                raise UnsupportedError(
+                    f"zoo bench {cmd_name} needs {error.name}, which is not installed; `pip install {error.name}`."
+                ) from error
+            debug_option(command)
+            self.add_command(command)
+        return self.commands.get(cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_BENCHMARKS.items()))
+
+
+@main.group(cls=_Bench)
+def bench() -> None:
+    """Time kernels and training beside what peers take."""
 
 
 # --- mixers and tasks ------------------------------------------------------------------------------------------------

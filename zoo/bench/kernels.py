@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
-import json
 import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 import torch
 
 from zoo.bench.case import Case, Draw, Op, Shape, select
 from zoo.bench.check import DTYPES, MANY_ELEMENTS, MANY_HEADS, Result, check_large, check_seeds
+from zoo.bench.output import csv_lines, environment, save_environment
 from zoo.bench.timing import Pass, copy_bandwidth, eager_ms, graph_ms, matmul_rate, number_of_sets
 from zoo.errors import ConfigError, UnsupportedError
 from zoo.kernels.launch import Config, forced
+from zoo.sweep import make_setting
 from zoo.testing.ops import run_op
 
 _COMPILERS = 12
@@ -54,7 +52,7 @@ class Trial(NamedTuple):
     case: str
     shape: Shape
     kernel: str
-    config: Config
+    config: str
     ms: float | None
     why: str = ""
 
@@ -70,11 +68,17 @@ class Clock:
 @click.command("kernels")
 @click.option("--ops", help="Cases to run, by name or beginning, comma-separated. Default: all.")
 @click.option("--shapes", help="Such as B256_T256_H1_D64, comma-separated. Default: each case's own.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("bench"), help="Folder for the CSV files.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("bench/kernels"),
+    show_default=True,
+    help="Folder for the CSV files.",
+)
 @click.option("--time/--no-time", "timed", default=True, help="Measure times.")
 @click.option("--peers/--no-peers", default=True, help="Measure peers where they are installed.")
 @click.option("--eager/--no-eager", default=True, help="Also measure calls from Python, without a graph.")
-@click.option("--check", "seeds", is_flag=False, flag_value=20, default=0, help="Compare with fp64, for so many seeds.")
+@click.option("--check", "seeds", is_flag=False, flag_value=20, default=0, help="Compare with fp64; seeds, or 20.")
 @click.option("--dtypes", default="bfloat16,float16,float32", help="Dtypes for --check.")
 @click.option("--large", is_flag=True, help="Check more heads and more elements than 16 and 32 bits can index.")
 @click.option("--sweep-configs", is_flag=True, help="Time each case's other configs instead.")
@@ -94,7 +98,10 @@ def command(
 ) -> None:
     """Time the fused ops beside their peers, plain torch and the floor; with --check, also compare them with fp64."""
     if not torch.cuda.is_available():
-        raise UnsupportedError("zoo bench kernels needs a CUDA GPU; torch finds none.")
+        raise UnsupportedError(
+            f"zoo bench kernels needs a CUDA GPU, and torch {torch.__version__} sees none. The same checks run without "
+            "one in the tests; zoo bench train and zoo bench solve have --device cpu."
+        )
     clock = Clock(budget_seconds)
     cases = select(ops)
     chosen = None if shapes is None else tuple(parse_shape(s) for s in shapes.split(","))
@@ -108,18 +115,22 @@ def command(
                 tried = case.configs(shape).items()
                 jobs += [(case.name, shape, torch.bfloat16, k, config) for k, configs in tried for config in configs]
     compile_all(jobs)
-    environment = {**versions(), "copy_bytes_per_s": copy_bandwidth(), "matmul_flops_per_s": matmul_rate()}
-    (out / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
-    click.echo(" ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in environment.items()))
+    rates = {"copy_bytes_per_s": copy_bandwidth(), "matmul_flops_per_s": matmul_rate()}
+    click.echo(save_environment(out, environment(make_setting("cuda", torch.get_num_threads(), ())) | rates))
     failed = False
     if seeds or large:
-        results = list(checks(cases, chosen, checked, seeds, large, clock))
-        write(out / "checks.csv", results)
-        failed = not all(r.passed for r in results)
+        with csv_lines(out / "checks.csv") as add_check:
+            for result in checks(cases, chosen, checked, seeds, large, clock):
+                add_check(result)
+                failed = failed or not result.passed
     if sweep_configs:
-        write(out / "sweep.csv", list(sweep(cases, chosen, clock)))
+        with csv_lines(out / "sweep.csv") as add_trial:
+            for trial in sweep(cases, chosen, clock):
+                add_trial(trial)
     elif timed:
-        write(out / "kernels.csv", list(timings(cases, chosen, peers, eager, environment, clock)))
+        with csv_lines(out / "kernels.csv") as add_timing:
+            for timing in timings(cases, chosen, peers, eager, rates, clock):
+                add_timing(timing)
     if not clock.left():
         click.echo(f"The budget of {budget_seconds:g} s was spent; what is missing above was not run.")
     if failed:
@@ -131,11 +142,11 @@ def timings(
     shapes: Sequence[Shape] | None,
     peers: bool,
     eager: bool,
-    environment: dict[str, Any],
+    rates: dict[str, float],
     clock: Clock,
 ) -> Iterator[Timing]:
-    """Every case and shape, forward and both: ours, each peer, plain torch; printed as they come."""
-    click.echo(f"{'case':32} {'shape':18} {'pass':8} {'mode':6} {'who':28} {'ms':>8} {'x ours':>7} {'x floor':>8}")
+    """Every case and shape, forward and both: ours, each peer, plain torch; a table of them is printed as it grows."""
+    click.echo(TITLE)
     for case in cases:
         contenders: dict[str, Callable[[], Op]] = {"zoo": lambda case=case: case.ours}  # type: ignore[misc]
         if peers:
@@ -143,22 +154,47 @@ def timings(
         if case.torch is not None:
             contenders["torch"] = lambda case=case: case.torch  # type: ignore[misc]
         for shape in shapes or case.shapes:
-            ours: dict[tuple[str, str], float] = {}
+            lines: dict[tuple[str, str], list[Timing]] = {}
             for who, load in contenders.items():
                 if not clock.left():
-                    return
-                for t in time_one(case, shape, who, load, eager, environment):
-                    if who == "zoo" and t.ms is not None:
-                        ours[t.which, t.mode] = t.ms
-                    mine = ours.get((t.which, t.mode))
-                    ratio = f"{t.ms / mine:7.2f}" if t.ms and mine else f"{'':7}"
-                    figures = f"{t.ms:8.4f} {ratio} {t.ms / t.floor_ms:8.2f}" if t.ms else t.why
-                    click.echo(f"{t.case:32} {t.shape!s:18} {t.which:8} {t.mode:6} {t.who:28} {figures}")
+                    break
+                for t in time_one(case, shape, who, load, eager, rates):
+                    lines.setdefault((t.which, t.mode), []).append(t)
                     yield t
+            for alike in lines.values():
+                click.echo(table_line(alike))
+
+
+TITLE = (
+    f"{'case':32} {'shape':18} {'pass':6} {'mode':5} {'ours ms':>8} {'peer':>8} {'torch':>8} {'floor':>8} "
+    f"{'peer/ours':>9} {'ours/floor':>10}  fastest peer"
+)
+
+
+def table_line(alike: Sequence[Timing]) -> str:
+    """Ours, the fastest peer and plain torch, in one pass of one case."""
+    by = {t.who: t for t in alike}
+    ours, plain = by.get("zoo"), by.get("torch")
+    others = sorted((t for t in alike if t.who not in ("zoo", "torch")), key=lambda t: t.ms or float("inf"))
+    peer = others[0] if others else None
+    t = alike[0]
+    mine, theirs = ours and ours.ms, peer and peer.ms
+    times = (mine, theirs, plain and plain.ms, t.floor_ms)
+    failures = [f"{t.who}: {t.why}" for t in alike if t.why]
+    return (
+        f"{t.case:32} {t.shape!s:18} {t.which:6} {t.mode:5} {' '.join(_number(ms, 8, 4) for ms in times)} "
+        f"{_number(theirs / mine if mine and theirs else None, 9, 2)} "
+        f"{_number(mine / t.floor_ms if mine else None, 10, 1)}  {peer.who if peer and peer.ms else ''}"
+        + "".join(f"\n    {failure}" for failure in failures)
+    )
+
+
+def _number(value: float | None, width: int, digits: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 
 def time_one(
-    case: Case, shape: Shape, who: str, load: Callable[[], Op], eager: bool, environment: dict[str, Any]
+    case: Case, shape: Shape, who: str, load: Callable[[], Op], eager: bool, rates: dict[str, float]
 ) -> Iterator[Timing]:
     try:
         op = load()
@@ -166,10 +202,11 @@ def time_one(
         return
     sets = [case.inputs(shape, Draw("cuda", torch.bfloat16, 0))]
     sets += [case.inputs(shape, Draw("cuda", torch.bfloat16, seed)) for seed in range(1, number_of_sets(sets[0]))]
-    for which, cost in (("fwd", case.forward(shape)), ("fwdbwd", case.both(shape))):
+    passes = {"fwd": case.forward(shape)} | ({} if case.both is None else {"fwdbwd": case.both(shape)})
+    for which, cost in passes.items():
         floors = (
-            1e3 * cost.bytes() / environment["copy_bytes_per_s"],
-            1e3 * cost.flops / environment["matmul_flops_per_s"],
+            1e3 * cost.bytes() / rates["copy_bytes_per_s"],
+            1e3 * cost.flops / rates["matmul_flops_per_s"],
         )
         modes = [("graph", graph_ms)] + ([("eager", eager_ms)] if eager else [])
         for mode, measure in modes:
@@ -192,11 +229,11 @@ def sweep(cases: Sequence[Case], shapes: Sequence[Shape] | None, clock: Clock) -
                         return
                     with forced(kernel, config):
                         ms, why = attempt(lambda work=work: graph_ms(work))  # type: ignore[misc]
-                    trials.append(Trial(case.name, shape, kernel, config, ms, why))
+                    trials.append(Trial(case.name, shape, kernel, " ".join(map(str, config)), ms, why))
+                    yield trials[-1]
                 click.echo(f"{case.name} {shape} {kernel}: by rule {usual or float('nan'):.4f} ms")
                 for t in sorted(trials, key=lambda t: t.ms or float("inf")):
-                    click.echo(f"    {tuple(t.config)!s:20} {t.ms:.4f}" if t.ms else f"    {tuple(t.config)} {t.why}")
-                yield from trials
+                    click.echo(f"    {t.config:20} {f'{t.ms:.4f}' if t.ms else t.why}")
 
 
 def checks(
@@ -280,25 +317,6 @@ def parse_dtypes(text: str) -> tuple[torch.dtype, ...]:
     if unknown:
         raise ConfigError(f"dtype {unknown[0]!r} cannot be checked; choose from {', '.join(known)}.")
     return tuple(known[name] for name in text.split(","))
-
-
-def versions() -> dict[str, Any]:
-    packages = {}
-    for package in ("torch", "triton", "fla-core", "flash-linear-attention"):
-        try:
-            packages[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"gpu": torch.cuda.get_device_name(0), "python": platform.python_version(), **packages}
-
-
-def write(path: Path, lines: Sequence[Any]) -> None:
-    """One CSV line a tuple, under the names of its fields."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        if lines:
-            writer.writerow(lines[0]._fields)
-        writer.writerows([" ".join(map(str, v)) if isinstance(v, Config) else v for v in line] for line in lines)
 
 
 if __name__ == "__main__":
