@@ -160,7 +160,6 @@ def time_pack(
     # Graphs of an earlier pack that only the garbage collector can free would count.
     gc.collect()
     if on_gpu:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     ends: list[tuple[int, float]] = []
 
