@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from zoo.bench.case import Draw, Shape, load_cases, select
 from zoo.bench.check import Result
-from zoo.bench.kernels import Timing, Trial, command, parse_dtypes, parse_shape, table_line
+from zoo.bench import kernels
+from zoo.bench.kernels import Clock, Timing, Trial, command, parse_dtypes, parse_shape, table_line
 from zoo.bench.output import csv_lines
 from zoo.errors import ConfigError, UnsupportedError
 from zoo.kernels.launch import Config, configured, forced
@@ -114,6 +115,22 @@ def test_the_table_compares_with_the_fastest_peer_and_the_floor():
     assert " ".join(table_line([timing]).split()[4:]) == "0.5000 - - 0.2500 - 2.0"
     failed = table_line([timing._replace(ms=None, why="failed"), fast])
     assert " ".join(failed.split()[4:10]) == "- 1.0000 - 0.2500 - -"
+
+
+def test_every_shape_has_a_line_of_all_contenders(monkeypatch, capsys):
+    def time_one(case, shape, who, load, eager, rates):
+        for which in ("fwd", "fwdbwd"):
+            yield Timing(case.name, shape, "bfloat16", which, "graph", who, 1.0 if who == "zoo" else 2.0, 0.5, 0.1)
+
+    monkeypatch.setattr(kernels, "time_one", time_one)
+    (gla,) = select("linear_recurrence.gla")
+    measured = list(kernels.timings([gla], [TINY], True, False, {}, Clock(60)))
+    assert [t.who for t in measured] == [who for who in ("zoo", "fla chunk_gla", "torch") for _ in range(2)]
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.split()[:6] == ["case", "shape", "pass", "mode", "ours", "ms"]
+    assert [line.split()[2] for line in lines] == ["fwd", "fwdbwd"]
+    assert all(line.endswith("1.0000   2.0000   2.0000   0.5000      2.00        2.0  fla chunk_gla") for line in lines)
+    assert list(kernels.timings([gla], [TINY], True, False, {}, Clock(0))) == []
 
 
 def test_a_missing_number_fails_a_check():

@@ -71,7 +71,8 @@ class Case:
     ours, reference, torch: the op; `reference` is run in fp64, `torch` (plain torch) is timed.
     peers: name -> a function that imports the peer and returns a function of the same arguments; an ImportError means
         that it is not installed.
-    forward, both: the least cost of the forward pass and of forward and backward.
+    forward, both: the least cost of the forward pass and of forward and backward; `both` is None where there is
+        no backward pass.
     configs: shape -> for each kernel that then runs, what --sweep-configs tries in place of its rule; a kernel whose
         name ends in "backward" is timed in forward and backward together.
     """
@@ -83,7 +84,7 @@ class Case:
     reference: Op
     torch: Op | None
     forward: Callable[[Shape], Cost]
-    both: Callable[[Shape], Cost]
+    both: Callable[[Shape], Cost] | None
     peers: Mapping[str, Callable[[], Op]] = field(default_factory=dict)
     shapes: tuple[Shape, ...] = SHAPES
     configs: Callable[[Shape], Mapping[str, Sequence[Config]]] = lambda shape: {}

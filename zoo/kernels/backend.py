@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from zoo.errors import UnsupportedError
 
@@ -26,3 +27,26 @@ def backend(package: str, impls: tuple[str, ...], impl: str | None, device: torc
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that recurrences accumulate in: fp64 for fp64 inputs, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def step_backend(T: int, state: Tensor | None, return_state: bool, *inputs: Tensor | None) -> str | None:
+    """The backend for one token that continues a state, as in a decode; None where it does not apply.
+
+    That is where T is 1, a state is given and asked for, and no gradient is. On a GPU it is one kernel. The first of
+    `inputs` must not be None.
+    """
+    if T != 1 or state is None or not return_state:
+        return None
+    given = [x for x in inputs if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return None
+    fused = given[0].device.type == "cuda" and torch.float64 not in (x.dtype for x in given)
+    return "step_triton" if fused else "step"
+
+
+def check_step(op: str, T: int, state: Tensor | None) -> Tensor:
+    """The state. Raises UnsupportedError where a backend for one token has more of them, or nothing to continue."""
+    if T != 1 or state is None:
+        given = "no initial_state" if state is None else f"T = {T}"
+        raise UnsupportedError(f"{op}: a backend for one step needs T = 1 and an initial_state, not {given}.")
+    return state

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, step_backend
 from zoo.kernels.shapes import check_shapes
 
-IMPLS = ("reference", "chunked", "triton")
+IMPLS = ("reference", "chunked", "triton", "step", "step_triton")
 
 
 def delta_rule(
@@ -41,7 +41,7 @@ def delta_rule(
             it a backend may exponentiate sums of -g, which spares work where g is per channel.
         initial_state: S_0 (B, H, K, V); None for zeros.
         return_state: False where S_T is not needed, which spares its computation; S is then None.
-        impl: "reference", "chunked", or None to choose by device.
+        impl: "reference", "chunked", "triton", "step" or "step_triton" (one token), or None to choose.
 
     Returns:
         o (B, T, H, V) in v's dtype, and S_T (B, H, K, V) in fp32 (fp64 for fp64 v).
@@ -62,6 +62,7 @@ def delta_rule(
         initial_state=(initial_state, "BHKV"),
     )
     _check("delta_rule", sizes["T"], min_decay)
+    impl = impl or step_backend(sizes["T"], initial_state, return_state, q, k, v, beta, decay, initial_state)
     run = backend(__name__, IMPLS, impl, v.device).delta_rule
     # Autocast would take the products in half precision.
     with torch.autocast(v.device.type, enabled=False):
@@ -114,6 +115,7 @@ def generalized_delta_rule(
         initial_state=(initial_state, "BHKV"),
     )
     _check("generalized_delta_rule", sizes["T"], min_decay)
+    impl = impl or step_backend(sizes["T"], initial_state, return_state, q, k, v, a, b, decay, initial_state)
     run = backend(__name__, IMPLS, impl, v.device).generalized_delta_rule
     with torch.autocast(v.device.type, enabled=False):
         return run(q, k, v, a, b, decay, min_decay=min_decay, initial_state=initial_state, return_state=return_state)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, step_backend
 from zoo.kernels.shapes import check_shapes
 
-IMPLS = ("reference", "chunked", "triton")
+IMPLS = ("reference", "chunked", "triton", "step", "step_triton")
 
 
 def linear_recurrence(
@@ -39,7 +39,7 @@ def linear_recurrence(
         bonus: u (H, K), the weight of the current token in place of 1.
         initial_state: S_0 (B, H, K, V); None for zeros.
         return_state: False where S_T is not needed, which spares its computation; S is then None.
-        impl: "reference", "chunked", or None to choose by device.
+        impl: "reference", "chunked", "triton", "step" or "step_triton" (one token), or None to choose.
 
     Returns:
         o (B, T, H, V) in v's dtype, and S_T (B, H, K, V) in fp32 (fp64 for fp64 v).
@@ -64,6 +64,7 @@ def linear_recurrence(
     )
     if 0 in sizes.values():
         raise UnsupportedError(f"{op}: q is {tuple(q.shape)} and v {tuple(v.shape)}; no axis may be empty.")
+    impl = impl or step_backend(sizes["T"], initial_state, return_state, q, k, v, decay, bonus, initial_state)
     run = backend(__name__, IMPLS, impl, q.device).linear_recurrence
     # Autocast would take the products in half precision.
     with torch.autocast(q.device.type, enabled=False):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, step_backend
 from zoo.kernels.shapes import check_shapes
 
-IMPLS = ("reference", "chunked", "triton")
+IMPLS = ("reference", "chunked", "triton", "step", "step_triton")
 
 
 def selective_scan(
@@ -38,7 +38,7 @@ def selective_scan(
         z: (B, T, D), the gate.
         initial_state: (B, D, N); None: zeros.
         return_state: False: None is returned for the final state.
-        impl: "reference", "chunked", "triton" or None (by device).
+        impl: "reference", "chunked", "triton", "step" or "step_triton" (one token), or None to choose.
 
     Returns:
         y (B, T, D) in x's dtype and the final state (B, D, N) in fp32 (fp64 for fp64), the precision of all sums.
@@ -68,6 +68,7 @@ def selective_scan(
         raise UnsupportedError(
             f"selective_scan: initial_state has shape {tuple(initial_state.shape)}; expected (B, D, N) = {expected}."
         )
+    impl = impl or step_backend(sizes["T"], initial_state, return_state, x, dt, A, B, C, D, z, initial_state)
     module = backend(__name__, IMPLS, impl, x.device)
     # Autocast would take products in half precision.
     with torch.autocast(x.device.type, enabled=False):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, step_backend
 from zoo.kernels.shapes import check_shapes
 
-IMPLS = ("reference", "chunked", "triton")
+IMPLS = ("reference", "chunked", "triton", "step", "step_triton")
 MAX_WIDTH = 8
 
 
@@ -34,7 +34,7 @@ def short_conv(
         activation: None or "silu".
         initial_state: (B, W-1, D), the W-1 inputs before x in time order; None: zeros.
         return_state: False: the cache is not made, and None is returned for it.
-        impl: "reference", "chunked", "triton" or None (by device).
+        impl: "reference", "chunked", "triton", "step" or "step_triton" (one token), or None to choose.
 
     Returns:
         y (B, T, D) in x's dtype, summed in fp32 (fp64 for fp64), and the cache (B, W-1, D): the last W-1 inputs in
@@ -60,6 +60,7 @@ def short_conv(
             )
     if activation not in (None, "silu"):
         raise UnsupportedError(f"short_conv: activation {activation!r} is not supported; use None or 'silu'.")
+    impl = impl or step_backend(sizes["T"], initial_state, return_state, x, weight, bias, initial_state)
     module = backend(__name__, IMPLS, impl, x.device)
     # Autocast would take products in half precision.
     with torch.autocast(x.device.type, enabled=False):

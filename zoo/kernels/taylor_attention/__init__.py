@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, step_backend
 from zoo.kernels.shapes import check_shapes
 from zoo.kernels.taylor_attention.features import num_features
 
-IMPLS = ("reference", "chunked", "triton")
+IMPLS = ("reference", "chunked", "triton", "step", "step_triton")
 
 
 class TaylorState(NamedTuple):
@@ -44,7 +44,7 @@ def taylor_attention(
         v: (B, T, H, V).
         initial_state: the state before the first token; None for zeros.
         return_state: False where the state is not needed, which spares its computation; it is then None.
-        impl: "reference", "chunked", or None to choose by device.
+        impl: "reference", "chunked", "triton", "step" or "step_triton" (one token), or None to choose.
         eps: added to the normaliser, which is at least t/2 (1 + s + s^2/2 >= 1/2).
 
     Returns:
@@ -65,6 +65,7 @@ def taylor_attention(
         raise UnsupportedError(
             f"{op}: initial_state has {sizes['F']} features; K={sizes['K']} makes {num_features(sizes['K'])}."
         )
+    impl = impl or step_backend(sizes["T"], S, return_state, q, k, v, S, z)
     run = backend(__name__, IMPLS, impl, q.device).taylor_attention
     # Autocast would take the products in half precision.
     with torch.autocast(q.device.type, enabled=False):
