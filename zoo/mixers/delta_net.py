@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.delta_rule import delta_rule
+from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.short_conv import MAX_WIDTH, short_conv
 from zoo.mixers.base import LayerInfo, head_dim
 from zoo.mixers.recurrent import RecurrentMixer
@@ -71,7 +71,7 @@ class DeltaNet(RecurrentMixer):
             self.qkv(x), self.conv_weight, activation="silu", initial_state=cache, return_state=return_state
         )
         q, k, v = (y.unflatten(-1, (self.config.num_heads, -1)) for y in qkv.split(self.splits, dim=-1))
-        q, k = normalize(q) * self.key_dim**-0.5, normalize(k)
+        q, k = normalize(q, self.key_dim**-0.5), normalize(k)
         beta = torch.sigmoid(self.beta(x)) * (2 if self.config.allow_neg_eigval else 1)
         o, S = delta_rule(q, k, v, beta, self.decay(x), initial_state=S, return_state=return_state)
         y = self.out(self.readout(o, x).flatten(2))
@@ -83,10 +83,10 @@ class DeltaNet(RecurrentMixer):
 
     def readout(self, o: Tensor, x: Tensor) -> Tensor:
         """What was read from the state, o (B, T, H, V), made ready for the output projection."""
-        return F.rms_norm(o, (self.value_dim,), eps=1e-5) * self.norm_weight
+        return gated_norm(o, None, self.norm_weight)
 
 
-def normalize(x: Tensor) -> Tensor:
-    """x / |x| over the last axis; smooth at 0."""
-    y = x.to(state_dtype(x.dtype))
-    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+def normalize(x: Tensor, length: float = 1.0, eps: float = 1e-6) -> Tensor:
+    """x (B, T, H, K) * length / |x| over the last axis; smooth at 0."""
+    K = x.shape[-1]
+    return gated_norm(x, scale=length * K**-0.5, eps=eps / K)

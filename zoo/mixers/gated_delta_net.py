@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.kernels.backend import state_dtype
+from zoo.kernels.gated_norm import gated_norm
 from zoo.mixers.base import LayerInfo
 from zoo.mixers.delta_net import DeltaNet
 
@@ -46,5 +47,4 @@ class GatedDeltaNet(DeltaNet):
         return -self.A_log.exp() * F.softplus(self.alpha(x).to(state_dtype(x.dtype)) + self.dt_bias)
 
     def readout(self, o: Tensor, x: Tensor) -> Tensor:
-        y = super().readout(o, x)
-        return y if self.gate is None else y * F.silu(self.gate(x)).view_as(y)
+        return gated_norm(o, None if self.gate is None else self.gate(x).view_as(o), self.norm_weight)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.kernels.backend import state_dtype
+from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.linear_recurrence import linear_recurrence
 from zoo.mixers.base import LayerInfo, head_dim
 from zoo.mixers.recurrent import RecurrentMixer
@@ -52,5 +53,5 @@ class GLA(RecurrentMixer):
         g = F.logsigmoid(self.decay_up(self.decay_down(x)).to(state_dtype(x.dtype))) / 16
         q, k, v, g = (y.unflatten(-1, (H, -1)) for y in (self.q(x), self.k(x), self.v(x), g))
         o, state = linear_recurrence(q * self.key_dim**-0.5, k, v, g, initial_state=state, return_state=return_state)
-        o = (F.rms_norm(o, (self.value_dim,), eps=1e-5) * self.norm_weight).flatten(2)
-        return self.out(o * F.silu(self.gate(x))), state
+        o = gated_norm(o, self.gate(x).view_as(o), self.norm_weight)
+        return self.out(o.flatten(2)), state

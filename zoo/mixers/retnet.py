@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo.kernels.backend import state_dtype
+from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.linear_recurrence import linear_recurrence
 from zoo.mixers.base import LayerInfo, head_dim
 from zoo.mixers.recurrent import RecurrentMixer
@@ -54,5 +54,5 @@ class RetNet(RecurrentMixer):
         o, state = linear_recurrence(
             q, k * self.key_dim**-0.5, v, decay, initial_state=state, return_state=return_state
         )
-        o = F.rms_norm(o, (self.value_dim,), eps=1e-6).flatten(2)
-        return self.out(o * F.silu(self.gate(x))), state
+        o = gated_norm(o, self.gate(x).view_as(o), eps=1e-6)
+        return self.out(o.flatten(2)), state

@@ -24,6 +24,7 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "selective_scan": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "long_conv": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "residual_norm": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "gated_norm": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "token_embedding": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "answer_loss": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
 }

@@ -1,0 +1,142 @@
+"""A program takes blocks of rows, one head of one token each; a row stays in registers from its loads to its store.
+
+Where the weights differ by head, a program has one head, else its rows are of all heads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load(x, group, token, head, column, live, g, m, h, V: tl.constexpr):
+    """Rows of x (groups, M, H, V), whose strides are g, m, h and 1; zeros where there is none."""
+    row = group.to(tl.int64) * g + token.to(tl.int64) * m + head * h
+    mask = live[:, None] & (column < V)[None, :]
+    return tl.load(x + row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_weight(weight, at, column, V: tl.constexpr):
+    return tl.load(weight + at * V + column, mask=column < V, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(x, values, group, token, head, column, live, M, H: tl.constexpr, V: tl.constexpr):
+    row = ((group.to(tl.int64) * M + token) * H + head) * V
+    mask = live[:, None] & (column < V)[None, :]
+    tl.store(x + row[:, None] + column[None, :], values.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _standardised(u, column, eps, RMS: tl.constexpr, V: tl.constexpr):
+    """Rows of mean 0 (unless RMS) and mean square 1, and what they were divided by, inverted."""
+    if not RMS:
+        u = tl.where((column < V)[None, :], u - (tl.sum(u, 1) / V)[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(u * u, 1) / V + eps)
+    return u * inverse[:, None], inverse
+
+
+@triton.jit
+def forward_kernel(
+    x, gate, skip, weight, bias, skip_weight, y, M, steps, parts, scale, eps,
+    x_g, x_m, x_h, gate_g, gate_m, gate_h, skip_g, skip_m, skip_h,
+    GATE: tl.constexpr, SKIP: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    RMS: tl.constexpr, GATE_FIRST: tl.constexpr,
+    H: tl.constexpr, HEADS: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """HEADS: how many heads have weights of their own, H or 1."""
+    at, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    group = at // HEADS
+    column = tl.arange(0, BLOCK_V)
+    factor = tl.full([BLOCK_V], 1.0, tl.float32) * scale
+    if WEIGHT:
+        factor *= _load_weight(weight, at, column, V)
+    for step in range(steps):
+        row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
+        token, head = (row // H, row % H) if HEADS == 1 else (row, row * 0 + at % HEADS)
+        live = token < M
+        u = _load(x, group, token, head, column, live, x_g, x_m, x_h, V)
+        if SKIP:
+            through = _load(skip, group, token, head, column, live, skip_g, skip_m, skip_h, V)
+            u += through * _load_weight(skip_weight, at, column, V)[None, :]
+        if GATE:
+            z = _load(gate, group, token, head, column, live, gate_g, gate_m, gate_h, V)
+            opened = z * tl.sigmoid(z)
+            if GATE_FIRST:
+                u *= opened
+        unit, _ = _standardised(u, column, eps, RMS, V)
+        out = unit * factor[None, :]
+        if BIAS:
+            out += _load_weight(bias, at, column, V)[None, :]
+        if GATE and not GATE_FIRST:
+            out *= opened
+        _store(y, out, group, token, head, column, live, M, H, V)
+
+
+@triton.jit
+def backward_kernel(
+    x, gate, skip, weight, bias, skip_weight, dy, dx, dgate, dskip, sums, M, steps, parts, scale, eps,
+    x_g, x_m, x_h, gate_g, gate_m, gate_h, skip_g, skip_m, skip_h, dy_g, dy_m, dy_h,
+    GATE: tl.constexpr, SKIP: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    RMS: tl.constexpr, GATE_FIRST: tl.constexpr,
+    H: tl.constexpr, HEADS: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """sums (groups * HEADS, parts, 3, V): of a program's rows, the gradients of weight, bias and skip_weight."""
+    at, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    group = at // HEADS
+    column = tl.arange(0, BLOCK_V)
+    factor = tl.full([BLOCK_V], 1.0, tl.float32) * scale
+    if WEIGHT:
+        factor *= _load_weight(weight, at, column, V)
+    dweight, dbias, dskip_weight = (tl.zeros([BLOCK_V], tl.float32) for _ in range(3))
+    for step in range(steps):
+        row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
+        token, head = (row // H, row % H) if HEADS == 1 else (row, row * 0 + at % HEADS)
+        live = token < M
+        u = _load(x, group, token, head, column, live, x_g, x_m, x_h, V)
+        if SKIP:
+            through = _load(skip, group, token, head, column, live, skip_g, skip_m, skip_h, V)
+            u += through * _load_weight(skip_weight, at, column, V)[None, :]
+        ungated = u
+        if GATE:
+            z = _load(gate, group, token, head, column, live, gate_g, gate_m, gate_h, V)
+            sigmoid = tl.sigmoid(z)
+            if GATE_FIRST:
+                u *= z * sigmoid
+        unit, inverse = _standardised(u, column, eps, RMS, V)
+        slope = _load(dy, group, token, head, column, live, dy_g, dy_m, dy_h, V)
+        if GATE and not GATE_FIRST:
+            normed = unit * factor[None, :]
+            if BIAS:
+                normed += _load_weight(bias, at, column, V)[None, :]
+            dz = slope * normed
+            slope *= z * sigmoid
+        if WEIGHT:
+            dweight += tl.sum(slope * unit, 0) * scale
+        if BIAS:
+            dbias += tl.sum(slope, 0)
+        slope *= factor[None, :]
+        change = slope - unit * (tl.sum(slope * unit, 1) / V)[:, None]
+        if not RMS:
+            change -= (tl.sum(slope, 1) / V)[:, None]
+        change *= inverse[:, None]
+        if GATE:
+            if GATE_FIRST:
+                dz = change * ungated
+                change *= z * sigmoid
+            dz *= sigmoid * (1 + z * (1 - sigmoid))
+            _store(dgate, dz, group, token, head, column, live, M, H, V)
+        _store(dx, change, group, token, head, column, live, M, H, V)
+        if SKIP:
+            dskip_weight += tl.sum(change * through, 0)
+            through_slope = change * _load_weight(skip_weight, at, column, V)[None, :]
+            _store(dskip, through_slope, group, token, head, column, live, M, H, V)
+    to = sums + tl.program_id(0) * 3 * V + column
+    if WEIGHT:
+        tl.store(to, dweight, mask=column < V)
+    if BIAS:
+        tl.store(to + V, dbias, mask=column < V)
+    if SKIP:
+        tl.store(to + 2 * V, dskip_weight, mask=column < V)
