@@ -55,6 +55,8 @@ class DiagonalSSM(nn.Module):
         T, R = u.shape[1:3]
         # Powers of numbers so close to 1 need fp32.
         with torch.autocast(u.device.type, enabled=False):
+            if T == 1 and state is not None and return_state:
+                return self._step(u, state)
             y = long_conv(u.flatten(2), self.kernel(T).repeat(R, 1), self.D.repeat(R)).view_as(u)
             if state is None and not return_state:
                 return y, None
@@ -71,6 +73,17 @@ class DiagonalSSM(nn.Module):
             if state is not None:
                 end = end + torch.view_as_real(powers_HNt[..., T] * torch.view_as_complex(state))
             return y, end.contiguous()
+
+    def _step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The recurrence itself, of one token."""
+        log_decay, C = self._discrete()
+        # The input u, which has no imaginary part, is added to the real part of each state.
+        end = torch.view_as_real(torch.exp(log_decay) * torch.view_as_complex(state))
+        end = end + F.pad(u[:, 0, :, :, None, None].to(end.dtype), (0, 1))
+        # Re(w x) = Re(w) Re(x) - Im(w) Im(x).
+        weight = torch.view_as_real(C.conj().resolve_conj())
+        y = 2 * (weight * end).sum((-2, -1)) + self.D * u[:, 0]
+        return y[:, None].to(u.dtype), end
 
     def _discrete(self) -> tuple[Tensor, Tensor]:
         """dt A and C (exp(dt A) - 1) / A, complex (H, N / 2)."""
