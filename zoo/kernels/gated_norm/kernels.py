@@ -90,7 +90,8 @@ def backward_kernel(
     factor = tl.full([BLOCK_V], 1.0, tl.float32) * scale
     if WEIGHT:
         factor *= _load_weight(weight, at, column, V)
-    dweight, dbias, dskip_weight = (tl.zeros([BLOCK_V], tl.float32) for _ in range(3))
+    zeros = tl.zeros([BLOCK_V], tl.float32)
+    dweight, dbias, dskip_weight = zeros, zeros, zeros
     for step in range(steps):
         row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
         token, head = (row // H, row % H) if HEADS == 1 else (row, row * 0 + at % HEADS)
