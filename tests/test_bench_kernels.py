@@ -8,9 +8,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from zoo.bench import kernels
 from zoo.bench.case import Draw, Shape, load_cases, select
 from zoo.bench.check import Result
-from zoo.bench import kernels
 from zoo.bench.kernels import Clock, Timing, Trial, command, parse_dtypes, parse_shape, table_line
 from zoo.bench.output import csv_lines
 from zoo.errors import ConfigError, UnsupportedError
@@ -45,8 +45,8 @@ def test_a_case_compares_one_function_with_itself(name):
 
 
 def test_selection():
-    names = [c.name for c in select("linear_recurrence.gla,taylor")]
-    assert names == ["linear_recurrence.gla", "taylor_attention"]
+    names = [c.name for c in select("linear_recurrence.gla,taylor_attention.f")]
+    assert names == ["linear_recurrence.gla", *(f"taylor_attention.f{K}" for K in (8, 24, 32))]
     with pytest.raises(ConfigError, match=r"no case 'linear_recurence.gla'. Did you mean 'linear_recurrence.gla'"):
         select("linear_recurence.gla")
 
