@@ -124,6 +124,9 @@ def test_the_first_epoch_beyond_the_others_is_start_up(fake):
     assert (line.data_s, line.start_s, line.train_s, line.evaluate_s) == (1.0, 5.0, 6.0, 3.0)
     assert (line.total_s, line.trial_s, line.epoch_s) == (15.0, 7.5, 2.0)
     assert (line.trials, line.epochs, line.diverged, line.ratio) == (2, 3, 1, None)
+    # On a busy machine the others may take longer.
+    line = fake(1.0, [(0, 2.0), (1, 5.0), (2, 5.0)], 3.0)
+    assert (line.start_s, line.train_s, line.epoch_s) == (0.0, 12.0, 5.0)
 
 
 def test_packs_that_memory_splits_each_have_a_start_up(fake):

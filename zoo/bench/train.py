@@ -164,6 +164,7 @@ def time_pack(
     ends: list[tuple[int, float]] = []
 
     def on_epoch(_: int, epoch: Epoch) -> None:
+        # One end for all members.
         if ends and ends[-1][0] == epoch.epoch:
             ends.pop()
         ends.append((epoch.epoch, time.perf_counter()))
@@ -172,13 +173,15 @@ def time_pack(
     outcomes = run_pack(trials, device=setting.device, threads=setting.threads, on_epoch=on_epoch)
     total = time.perf_counter() - clock
 
-    # An epoch that is the first of its pack holds a start-up. Where memory is short there are several packs.
-    later = [end - before for (a, before), (b, end) in pairwise(ends) if b > a]
+    data, evaluate = (len(trials) * s for s in (outcomes[0].timing.data, outcomes[0].timing.evaluate))
+    instants = [clock + data, *(end for _, end in ends)]
+    took = [(number, end - before) for (number, _), (before, end) in zip(ends, pairwise(instants), strict=True)]
+    later = [seconds for number, seconds in took if number > 0]
     if not later:
         raise ConfigError("every trial diverged before the end of its second epoch; use lower learning rates.")
     epoch = statistics.median(later)
-    train = sum(later) + (len(ends) - len(later)) * epoch
-    data, evaluate = (len(trials) * s for s in (outcomes[0].timing.data, outcomes[0].timing.evaluate))
+    # What a first epoch takes beyond the others is start-up. There are several where memory splits the pack.
+    train = sum(later) + sum(min(seconds, epoch) for number, seconds in took if number == 0)
     epochs = trials[0].training.epochs
     peer_s = None if peer is None else peer.seconds * epochs / peers.EPOCHS
     return PackTime(
