@@ -40,8 +40,7 @@ def test_a_case_compares_one_function_with_itself(name, monkeypatch):
             both = case.both(shape)
             assert both.bytes() > forward.bytes()
             assert both.flops > forward.flops
-        for kernel, configs in case.configs(shape).items():
-            assert kernel.endswith(("forward", "backward", "prepare", "finish", "step"))
+        for configs in case.configs(shape).values():
             assert len(set(configs)) == len(configs) > 1
     other = case.inputs(TINY, Draw("cpu", torch.float32, 1))
     assert any(not torch.equal(inputs[n], other[n]) for n in inputs)

@@ -74,7 +74,7 @@ class Case:
     forward, both: the least cost of the forward pass and of forward and backward; `both` is None where there is
         no backward pass.
     configs: shape -> for each kernel that then runs, what --sweep-configs tries in place of its rule; a kernel whose
-        name ends in "backward" is timed in forward and backward together.
+        name ends in "forward" is timed in the forward pass alone.
     """
 
     name: str

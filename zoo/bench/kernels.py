@@ -221,7 +221,7 @@ def sweep(cases: Sequence[Case], shapes: Sequence[Shape] | None, clock: Clock) -
             inputs = [case.inputs(shape, Draw("cuda", torch.bfloat16, 0))]
             inputs += [case.inputs(shape, Draw("cuda", torch.bfloat16, s)) for s in range(1, number_of_sets(inputs[0]))]
             for kernel, configs in case.configs(shape).items():
-                work = Pass(case.ours, inputs, kernel.endswith("backward"))
+                work = Pass(case.ours, inputs, case.both is not None and not kernel.endswith("forward"))
                 trials = []
                 usual, _ = attempt(lambda work=work: graph_ms(work))  # type: ignore[misc]
                 for config in configs:
