@@ -11,6 +11,18 @@ import triton.language as tl
 
 
 @triton.jit
+def gather_kernel(
+    tokens, table, x, places, of_group, V, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    row = (at // of_group).to(tl.int64) * V + tl.load(tokens + at, mask=at < places, other=0)
+    mask = (at < places)[:, None] & (column < D)[None, :]
+    values = tl.load(table + row[:, None] * D + column[None, :], mask=mask)
+    tl.store(x + at.to(tl.int64)[:, None] * D + column[None, :], values, mask=mask)
+
+
+@triton.jit
 def _sum_places(slopes, order, start, end, column, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
     total = tl.zeros([BLOCK_D], tl.float32)
     for first in range(start, end, ROWS):

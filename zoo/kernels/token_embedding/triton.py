@@ -1,4 +1,4 @@
-"""Lookup by torch, and its gradient by sorted tokens: no atomics, and no wait for the host.
+"""The lookup, and its gradient by sorted tokens: no atomics, and no wait for the host.
 
 Every tensor of the custom ops has the groups, tables of their own, as its first axis.
 """
@@ -15,6 +15,8 @@ from zoo.kernels.launch import check_launch, fold_batch
 from zoo.kernels.token_embedding import kernels
 
 LIMIT = 512
+# Elements of a program that looks up rows.
+GATHER = 4096
 
 
 def token_embedding(tokens: Tensor, table: Tensor) -> Tensor:
@@ -26,7 +28,15 @@ def token_embedding(tokens: Tensor, table: Tensor) -> Tensor:
 @torch.library.custom_op("zoo::token_embedding", mutates_args=())
 def _forward(tokens: Tensor, table: Tensor) -> Tensor:
     groups, V, D = table.shape
-    return table.reshape(-1, D).index_select(0, _rows(tokens, V).flatten()).view(groups, -1, D)
+    places = tokens.numel()
+    x = torch.empty(groups, places // groups, D, dtype=table.dtype, device=table.device)
+    if places:
+        block = triton.next_power_of_2(D)
+        size = max(1, min(GATHER // block, triton.next_power_of_2(places)))
+        kernels.gather_kernel[(triton.cdiv(places, size),)](
+            tokens.contiguous(), table.contiguous(), x, places, places // groups, V, D=D, BLOCK_D=block, ROWS=size
+        )
+    return x
 
 
 @_forward.register_fake
