@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo.errors import ConfigError
 from zoo.kernels.backend import state_dtype
+from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.linear_recurrence import linear_recurrence
+from zoo.kernels.token_shift import token_shift
 from zoo.mixers.base import LayerInfo
 from zoo.mixers.recurrent import RecurrentMixer
 
@@ -85,11 +86,11 @@ class RWKV6(RecurrentMixer):
         )
 
     def mix(self, x: Tensor, state: RWKV6State | None, return_state: bool) -> tuple[Tensor, RWKV6State | None]:
-        previous, S = (torch.zeros_like(x[:, 0]), None) if state is None else state
-        change = torch.cat([previous[:, None], x[:, :-1]], dim=1) - x
-        low = torch.tanh((x + change * self.shift) @ self.shift_down).unflatten(-1, (5, -1))
-        shifts = self.shifts[:, None, None] + torch.einsum("btir,ird->ibtd", low, self.shift_up)
-        w, k, v, r, g = x + change * shifts
+        previous, S = (None, None) if state is None else state
+        (mixed,) = token_shift(x, self.shift[None], previous=previous)
+        low = torch.tanh(mixed @ self.shift_down).unflatten(-1, (5, -1))
+        offset = torch.einsum("btir,ird->ibtd", low, self.shift_up)
+        w, k, v, r, g = token_shift(x, self.shifts, offset, previous=previous)
         decay = self.decay + torch.tanh(w @ self.decay_down) @ self.decay_up
         r, k, v, decay = (
             y.unflatten(-1, (self.num_heads, -1)) for y in (self.receptance(r), self.key(k), self.value(v), decay)
@@ -103,5 +104,6 @@ class RWKV6(RecurrentMixer):
             initial_state=S,
             return_state=return_state,
         )
-        o = self.norm(o.flatten(0, 1).flatten(1)).view_as(x)
-        return self.output(o * F.silu(self.gate(g))), None if S is None else RWKV6State(x[:, -1], S)
+        scale, shift = (p.view(self.num_heads, -1) for p in (self.norm.weight, self.norm.bias))
+        o = gated_norm(o, self.gate(g).view_as(o), scale, shift, kind="layer", eps=self.norm.eps)
+        return self.output(o.flatten(2)), None if S is None else RWKV6State(x[:, -1], S)

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo.errors import ConfigError
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.delta_rule import generalized_delta_rule
+from zoo.kernels.rwkv7 import rwkv7_keys, rwkv7_readout
+from zoo.kernels.token_shift import token_shift
 from zoo.mixers.base import LayerInfo
 from zoo.mixers.recurrent import RecurrentMixer
 
@@ -95,24 +96,26 @@ class RWKV7(RecurrentMixer):
         )
 
     def mix(self, x: Tensor, state: RWKV7State | None, return_state: bool) -> tuple[Tensor, RWKV7State | None]:
-        previous, S = (torch.zeros_like(x[:, 0]), None) if state is None else state
-        change = torch.cat([previous[:, None], x[:, :-1]], dim=1) - x
-        r, w, k, v, a, g = (torch.addcmul(x, change, shift) for shift in self.shifts)
-        decay = self.decay + torch.tanh(w @ self.decay_down) @ self.decay_up
-        decay = MIN_DECAY * torch.sigmoid(decay.to(state_dtype(x.dtype)))
-        a = torch.sigmoid(self.rate + (a @ self.rate_down) @ self.rate_up)
-        g = torch.sigmoid(g @ self.gate_down) @ self.gate_up
-        r, k, v = self.receptance(r), self.key(k), self.value(v)
-        kappa = k * self.removal
-        k = k * (1 + (a - 1) * self.replacement)
-        r, k, v, kappa, a, decay = (y.unflatten(-1, (self.num_heads, -1)) for y in (r, k, v, kappa, a, decay))
-        kappa = F.normalize(kappa, dim=-1)
-        o, S = generalized_delta_rule(
-            r, k, v, -kappa, kappa * a, decay, min_decay=MIN_DECAY, initial_state=S, return_state=return_state
+        previous, S = (None, None) if state is None else state
+        r, w, k, v, a, g = token_shift(x, self.shifts, previous=previous)
+        decay = (torch.tanh(w @ self.decay_down) @ self.decay_up).to(state_dtype(x.dtype)) + self.decay
+        decay = MIN_DECAY * torch.sigmoid(decay)
+        rate = (a @ self.rate_down) @ self.rate_up
+        gate = torch.sigmoid(g @ self.gate_down) @ self.gate_up
+        r, k, v, decay, rate, gate = (
+            y.unflatten(-1, (self.num_heads, -1))
+            for y in (self.receptance(r), self.key(k), self.value(v), decay, rate, gate)
         )
-        o = self.norm(o.flatten(0, 1).flatten(1)).view_as(x)
-        o = o + ((r * k * self.bonus).sum(-1, keepdim=True) * v).flatten(2)
-        return self.output(o * g), None if S is None else RWKV7State(x[:, -1], S)
+        rate_bias, removal, replacement, scale, shift = (
+            p.view(self.num_heads, -1)
+            for p in (self.rate, self.removal, self.replacement, self.norm.weight, self.norm.bias)
+        )
+        k, a, b = rwkv7_keys(k, rate, rate_bias, removal, replacement)
+        o, S = generalized_delta_rule(
+            r, k, v, a, b, decay, min_decay=MIN_DECAY, initial_state=S, return_state=return_state
+        )
+        y = rwkv7_readout(o, r, k, v, gate, scale, shift, self.bonus, eps=self.norm.eps)
+        return self.output(y.flatten(2)), None if S is None else RWKV7State(x[:, -1], S)
 
 
 def low_rank(D: int, rank: int) -> tuple[nn.Parameter, nn.Parameter]:

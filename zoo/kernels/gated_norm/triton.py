@@ -14,8 +14,9 @@ from torch import Tensor
 from zoo.kernels.gated_norm import kernels
 from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch, rows
 
-# Programs: enough to keep the memory of a GPU busy.
-PROGRAMS = 2048
+# Programs: enough to keep the memory of a GPU busy, and, where each leaves a sum of its own, not many more.
+PROGRAMS = 16384
+SUMMING_PROGRAMS = 2048
 
 
 def gated_norm(
@@ -56,7 +57,7 @@ def _forward(
     """x, gate and skip (groups, M, H, V), weights (groups, H or 1, V)."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     tensors, strides, options = _prepared((x, gate, skip), (weight, bias, skip_weight), rms, gate_first)
-    programs, launch = _launch(x, options["HEADS"], configured("gated_norm.forward", config_of, x))
+    programs, launch = _launch(x, options["HEADS"], configured("gated_norm.forward", config_of, x), PROGRAMS)
     kernels.forward_kernel[(programs,)](*tensors, y, *launch.pop("split"), scale, eps, *strides, **options, **launch)
     return y
 
@@ -96,7 +97,7 @@ def _backward(
     tensors, strides, options = _prepared((x, gate, skip), weights, rms, gate_first)
     gradients = [empty_like(t, x) for t in (x, gate, skip)]
     dy = rows(dy)
-    programs, launch = _launch(x, options["HEADS"], configured("gated_norm.backward", backward_config, x))
+    programs, launch = _launch(x, options["HEADS"], configured("gated_norm.backward", config_of, x), SUMMING_PROGRAMS)
     sums = torch.empty(
         len(x), options["HEADS"], launch["split"][2], 3, x.shape[3], dtype=torch.float32, device=x.device
     )
@@ -141,10 +142,6 @@ def _(
 
 def config_of(x: Tensor) -> Config:
     """block: elements of a program's block; chunk is unused."""
-    return Config(chunk=1, block=4096, num_warps=4, num_stages=1)
-
-
-def backward_config(x: Tensor) -> Config:
     return Config(chunk=1, block=2048, num_warps=4, num_stages=1)
 
 
@@ -163,14 +160,14 @@ def _prepared(
     return by_token + by_head, strides, options | {"HEADS": heads}
 
 
-def _launch(x: Tensor, heads: int, config: Config) -> tuple[int, dict[str, Any]]:
+def _launch(x: Tensor, heads: int, config: Config, most: int) -> tuple[int, dict[str, Any]]:
     """How many programs, and how they split the work: tokens, blocks of a program, programs of a group's head."""
     groups, M, H, V = x.shape
     block = triton.next_power_of_2(V)
     total = M * H // heads
     rows_of_block = max(1, min(config.block // block, triton.next_power_of_2(total)))
     blocks = triton.cdiv(total, rows_of_block)
-    steps = triton.cdiv(blocks, max(1, PROGRAMS // (groups * heads)))
+    steps = triton.cdiv(blocks, max(1, most // (groups * heads)))
     parts = triton.cdiv(blocks, steps)
     sizes = {"H": H, "V": V, "BLOCK_V": block, "ROWS": rows_of_block}
     return groups * heads * parts, {"split": (M, steps, parts), **sizes, "num_warps": config.num_warps}
