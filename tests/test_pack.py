@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_train import comparable, trial
+from torch import nn
 from torch.nn import functional as F
 
 import zoo.mixers.attention
@@ -18,7 +19,7 @@ from zoo.executors import Job, Setting, execute
 from zoo.fit import mean_loss
 from zoo.kernels.adamw import adamw, unbiasing
 from zoo.model import Model, build_model
-from zoo.optimizer import Moments, OneByOne, Stacked, make_adamw
+from zoo.optimizer import Moments, OneByOne, Stacked, decayed
 from zoo.pack import Pack
 from zoo.sweep import make_packs, parse_shard, plan_sweep, run_sweep
 from zoo.train import run_pack, run_trial
@@ -79,11 +80,11 @@ def test_a_batched_pack_computes_what_its_members_compute(mixer: str) -> None:
     def loss(model: Model, tokens: torch.Tensor, positions: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(tokens, positions).flatten(0, 1), answers.flatten())
 
-    expected = Pack(models, batched=False).gradients(mean_loss, *inputs)
-    gradients = [[p.grad.clone() for p in model.parameters() if p.grad is not None] for model in models]
+    one_by_one = Pack(models, batched=False)
+    expected = one_by_one.gradients(mean_loss, *inputs)
     pack = Pack(models, batched=True)
     torch.testing.assert_close(pack.gradients(loss, *inputs), expected, rtol=1e-9, atol=1e-9)
-    for stack, rows in zip(pack.gradient_stacks.values(), zip(*gradients, strict=True), strict=True):
+    for stack, rows in zip(pack.gradient_stacks.values(), zip(*one_by_one.gradient_lists, strict=True), strict=True):
         torch.testing.assert_close(stack, torch.stack(rows), rtol=1e-8, atol=1e-10)
     # The models are the pack's members: a change of one is a change of the other.
     with torch.no_grad():
@@ -159,25 +160,39 @@ def test_autocast_reaches_a_batched_pack(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(*losses, rtol=0.02, atol=0.002)
 
 
+@pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("clip", [None, 1e-2])
-def test_a_stacked_optimizer_takes_the_steps_of_torchs(clip: float | None) -> None:
+def test_a_pack_takes_the_steps_of_torchs_optimizer(clip: float | None, batched: bool) -> None:
     configs = [trial(optimizer={"lr": lr, "weight_decay": w, "clip": clip}) for lr, w in ((1e-2, 0.5), (3e-3, 0.0))]
     models = [build_model(c.model, c.data, seed) for seed, c in enumerate(configs)]
     twins = [build_model(c.model, c.data, seed) for seed, c in enumerate(configs)]
-    alone = OneByOne(twins, [make_adamw(m, c.optimizer) for m, c in zip(twins, configs, strict=True)], clip)
+    theirs = []
+    for twin, config in zip(twins, configs, strict=True):
+        groups = [
+            {"params": [p for name, p in twin.named_parameters() if (name in decayed(twin)) == yes], "weight_decay": w}
+            for yes, w in ((True, config.optimizer.weight_decay), (False, 0.0))
+        ]
+        theirs.append(torch.optim.AdamW(groups, betas=config.optimizer.betas, eps=1e-8))
     moments: list[Moments] = [{}, {}]
     for done in range(4):
         # A new pack each time takes up the moments of the last.
-        pack = Pack(models, batched=True)
-        stacked = Stacked(pack, [c.optimizer for c in configs], moments, done)
+        pack = Pack(models, batched=batched)
+        optimizer = (Stacked if batched else OneByOne)(pack, [c.optimizer for c in configs], moments, done)
         draw = torch.Generator().manual_seed(done)
-        for name, stack in pack.stacks.items():
-            pack.gradient_stacks[name] = torch.randn(stack.shape, generator=draw)
-            for i, twin in enumerate(twins):
-                twin.get_parameter(name).grad = pack.gradient_stacks[name][i].clone()
+        for twin in twins:
+            for parameter in twin.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=draw)
+        names = dict(twins[0].named_parameters())
+        pack.gradient_stacks = {name: torch.stack([t.get_parameter(name).grad for t in twins]) for name in names}
+        pack.gradient_lists = [tuple(p.grad.clone() for p in twin.parameters()) for twin in twins]
         rates = torch.tensor([1e-2, 3e-3]) / (1 + done)
-        stacked.step(rates)
-        alone.step(rates)
+        optimizer.step(rates)
+        for twin, adamw_, rate in zip(twins, theirs, rates.tolist(), strict=True):
+            if clip is not None:
+                nn.utils.clip_grad_norm_(twin.parameters(), clip)
+            for group in adamw_.param_groups:
+                group["lr"] = rate
+            adamw_.step()
     for model, twin in zip(models, twins, strict=True):
         for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)

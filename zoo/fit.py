@@ -15,7 +15,7 @@ from zoo.config import OptimizerConfig, Trial
 from zoo.evaluate import PackEvaluation, Slice, mean_accuracy
 from zoo.graphs import Replay, new_pool
 from zoo.model import Model
-from zoo.optimizer import Moments, OneByOne, PackOptimizer, Stacked, make_adamw
+from zoo.optimizer import Moments, OneByOne, PackOptimizer, Stacked
 from zoo.pack import Pack
 from zoo.record import Epoch, SliceResult
 from zoo.tasks import IGNORE
@@ -27,17 +27,12 @@ class Run:
 
     trial: Trial
     model: Model
-    adamw: torch.optim.AdamW
     moments: Moments = field(default_factory=dict)
     history: list[Epoch] = field(default_factory=list)
     validated: list[SliceResult] = field(default_factory=list)
     steps: int = 0
     message: str | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, trial: Trial, model: Model) -> Run:
-        return cls(trial, model, make_adamw(model, trial.optimizer))
 
     @property
     def diverged(self) -> bool:
@@ -74,11 +69,8 @@ class Fit:
         self.losses = zeros(sum(self.steps), members)
         self.rate = zeros(members)
         settings = [run.trial.optimizer for run in runs]
-        self.optimizer: PackOptimizer
-        if batched:
-            self.optimizer = Stacked(self.pack, settings, [run.moments for run in runs], runs[0].steps)
-        else:
-            self.optimizer = OneByOne(self.pack.models, [run.adamw for run in runs], settings[0].clip)
+        optimizer = Stacked if batched else OneByOne
+        self.optimizer: PackOptimizer = optimizer(self.pack, settings, [run.moments for run in runs], runs[0].steps)
         pool = new_pool(self.device)
         self.replays = [
             Replay(functools.partial(self._step, s), self.device, functools.partial(self._gradients, s), pool)
@@ -96,7 +88,6 @@ class Fit:
         before = torch.cuda.memory_allocated()
         with torch.autocast("cuda", torch.bfloat16, enabled=run.trial.training.dtype == "bfloat16"):
             Pack([run.model], batched=False).gradients(mean_loss, tokens, *asked)
-        run.model.zero_grad()
         return torch.cuda.max_memory_allocated() - before
 
     def run(self, on_epoch: Callable[[Run, Epoch], None]) -> None:

@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) for a pack: torch's own for members that run one by one, one kernel a stack for a batch."""
+"""AdamW (arXiv 1711.05101) for a pack: for members one by one on one long vector each, for a batch on its stacks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from zoo.config import OptimizerConfig
 from zoo.kernels.adamw import adamw, unbiasing
-from zoo.model import Model
 from zoo.pack import Pack
 
 EPS = 1e-8
@@ -29,29 +28,64 @@ def decayed(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.dim() >= 2 and not getattr(p, "_no_weight_decay", False)}
 
 
-def make_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's AdamW with decay where `decayed` says so."""
-    names = decayed(model)
-    groups = [
-        {"params": [p for name, p in model.named_parameters() if (name in names) == with_decay], "weight_decay": decay}
-        for with_decay, decay in ((True, config.weight_decay), (False, 0.0))
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=EPS, fused=True)
-
-
 class OneByOne:
-    """torch's AdamW of each member, which `optimizers` keep from pack to pack."""
+    """Each member by itself. Its parameters lie end to end in memory: a few long operations, not many short ones.
 
-    def __init__(self, models: Sequence[Model], optimizers: Sequence[torch.optim.AdamW], clip: float | None) -> None:
-        self.models, self.optimizers, self.clip = models, optimizers, clip
+    The moments stay in `moments`, for the next pack to take up.
+    """
+
+    def __init__(
+        self, pack: Pack, configs: Sequence[OptimizerConfig], moments: Sequence[Moments], steps_done: int
+    ) -> None:
+        self.pack = pack
+        self.betas, self.clip = configs[0].betas, configs[0].clip
+        device = pack.parameters[0][0].device
+        self.count = torch.full((1,), steps_done, dtype=torch.float64, device=device)
+        self.members = [
+            _Vectors(model, config.weight_decay, of_member)
+            for model, config, of_member in zip(pack.models, configs, moments, strict=True)
+        ]
 
     def step(self, rates: Tensor) -> None:
-        for model, optimizer, rate in zip(self.models, self.optimizers, rates.tolist(), strict=True):
-            if self.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), self.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+        self.count += 1
+        unbias = unbiasing(self.betas, self.count)
+        for i, (member, gradients) in enumerate(zip(self.members, self.pack.gradient_lists, strict=True)):
+            gradient = torch.cat([gradients[at].flatten() for at in member.order])[None]
+            scale = None if self.clip is None else (self.clip / (gradient.norm(dim=1) + 1e-6)).clamp(max=1.0)
+            for part, decay in member.parts:
+                adamw(
+                    member.value[:, part], gradient[:, part], member.mean[:, part], member.square[:, part],
+                    rates[i : i + 1], decay, unbias, scale, betas=self.betas, eps=EPS,
+                )  # fmt: skip
+
+
+class _Vectors:
+    """A model's parameters and their moments as vectors (1, N), those with weight decay first.
+
+    order: the parameters' indices, as they stand there. parts: the elements with and without decay, and the decay (1,).
+    """
+
+    def __init__(self, model: nn.Module, weight_decay: float, moments: Moments) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        with_decay = decayed(model)
+        self.order = sorted(range(len(named)), key=lambda i: named[i][0] not in with_decay)
+        zeros = [torch.zeros_like(p, requires_grad=False) for _, p in named]
+        before = [moments.get(name, (zero, zero)) for (name, _), zero in zip(named, zeros, strict=True)]
+        self.value, self.mean, self.square = (
+            torch.cat([tensors[i].flatten() for i in self.order])[None]
+            for tensors in ([p.detach() for _, p in named], [m for m, _ in before], [s for _, s in before])
+        )
+        end = sum(p.numel() for name, p in named if name in with_decay)
+        self.parts = [
+            (part, self.value.new_full((1,), decay))
+            for part, decay in ((slice(end), weight_decay), (slice(end, None), 0.0))
+        ]
+        start = 0
+        for name, p in (named[i] for i in self.order):
+            part = slice(start, start := start + p.numel())
+            # The model lives on, in the vector's memory.
+            p.data, mean, square = (x[0, part].view_as(p) for x in (self.value, self.mean, self.square))
+            moments[name] = (mean, square)
 
 
 class Stacked:

@@ -32,6 +32,8 @@ class Pack:
         self.batched = batched
         self.stacks: dict[str, Tensor] = {}
         self.gradient_stacks: dict[str, Tensor | None] = {}
+        self.parameters = [[p for p in model.parameters() if p.requires_grad] for model in models]
+        self.gradient_lists: list[tuple[Tensor, ...]] = []
         self._buffers: dict[str, Tensor] = {}
         if not batched:
             return
@@ -73,20 +75,21 @@ class Pack:
     def gradients(self, function: Function, *inputs: Tensor) -> Tensor:
         """Losses (members,) of function, as in `call`.
 
-        Gradients are left in `gradient_stacks` of a batched pack, and in the models' parameters of another.
+        Gradients are left in `gradient_stacks` of a batched pack, in `gradient_lists` of another, in the order of
+        `parameters`, with zeros where the loss does not depend on one.
         """
         if self.batched:
             losses = self.call(function, *inputs)
             found = torch.autograd.grad(losses.sum(), list(self.stacks.values()), allow_unused=True)
             self.gradient_stacks = dict(zip(self.stacks, found, strict=True))
             return losses.detach()
-        losses = []
-        for i, model in enumerate(self.models):
+        alone: list[Tensor] = []
+        self.gradient_lists = []
+        for i, (model, parameters) in enumerate(zip(self.models, self.parameters, strict=True)):
             loss = function(model, *(x[i] for x in inputs))
-            model.zero_grad()
-            loss.backward()
-            losses.append(loss.detach())
-        return torch.stack(losses)
+            self.gradient_lists.append(torch.autograd.grad(loss, parameters, materialize_grads=True))
+            alone.append(loss.detach())
+        return torch.stack(alone)
 
 
 @contextmanager

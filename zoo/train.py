@@ -76,7 +76,7 @@ def run_pack(
     data_seconds = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    runs = [Run.of(trial, build_model(trial.model, data, trial.seed, device)) for trial in trials]
+    runs = [Run(trial, build_model(trial.model, data, trial.seed, device)) for trial in trials]
     for group in _groups(runs, train):
         going = group
         while going:
