@@ -89,9 +89,9 @@ def fold_batch(op: Any) -> None:
 
 
 def state_tile(K: int, V: int) -> Config:
-    """Of a decode step, whose programs each hold all K rows of `block` columns of a state: 32 numbers a thread."""
-    block = min(triton.next_power_of_2(V), 16)
-    return Config(1, block, min(8, max(1, triton.next_power_of_2(K) * block // 1024)), 1)
+    """Of a decode step, whose programs each hold all K rows of `block` columns of a state: 16 numbers a thread."""
+    block = min(triton.next_power_of_2(V), 32)
+    return Config(1, block, min(8, max(1, triton.next_power_of_2(K) * block // 512)), 1)
 
 
 _forced: dict[str, Config] = {}

@@ -23,3 +23,14 @@ def store_rows(x, values, row, stride, live, column, size: tl.constexpr, block: 
     if size % block != 0:
         mask = mask & (column < size)[None, :]
     tl.store(x + row[:, None] * stride + column[None, :], values.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product_in_two(a, b, total, PRECISION: tl.constexpr):
+    """total + a b for a in fp32 and b in 16 bits, where rounding a would cost too much: a as a sum of two numbers."""
+    dtype = b.dtype
+    high = a.to(dtype)
+    total = tl.dot(high, b, total, input_precision=PRECISION)
+    if dtype != tl.float32:
+        total = tl.dot((a - high.to(tl.float32)).to(dtype), b, total, input_precision=PRECISION)
+    return total

@@ -9,7 +9,8 @@ D_t = sum_{t'>=t} phi(q_t') r_t'^T and w_t = sum_{t'>=t} phi(q_t') m_t':
 
     dphi(q_t) = S_t r_t + m_t z_t      dphi(k_t) = D_t v_t + w_t      dv_t = D_t^T phi(k_t)
 
-Within a chunk pairs are summed as in attention; the states hold what is outside it. Blocks of v's columns are separate
+Within a chunk pairs are summed as in attention, with the care for the first tokens that is explained in
+quadratic_kernels.py; the states hold what is outside it. Blocks of v's columns are separate
 programs. What sums over all columns, dq, dk and dz, is a part per block, and m is too.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.kernels.tiles import load_rows, store_rows
+from zoo.kernels.tiles import load_rows, product_in_two, store_rows
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def forward_kernel(
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         p = tl.where(causal, s * (0.5 * s + 1.0) + 1.0, 0.0)
         norm = tl.sum(p, 1) + eps
-        total = tl.dot(p.to(dtype), b_v, input_precision=PRECISION)
+        total = product_in_two(p, b_v, tl.zeros((C, BLOCK), tl.float32), PRECISION)
         phi = features(b_q, f_a, K, PRECISION)
         norm += tl.sum(phi * z_a[None, :], 1)
         total = tl.dot(phi.to(dtype), S_a.to(dtype), total, input_precision=PRECISION)
@@ -198,9 +199,12 @@ def query_gradient(
         b_v = load_rows(v + at * v_t, row, v_t, live, j, V, BLOCK)
         b_do, over_norm, m = slopes(do, do_t, o, o_t, n, n_t, at, row, live, j, V, BLOCK)
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-        dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) * over_norm[:, None] + m[:, None]
-        ds = tl.where(causal, dp * (1.0 + s), 0.0) * scale
-        b_dq = tl.dot(ds.to(dtype), b_k, input_precision=PRECISION)
+        dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) * over_norm[:, None]
+        if not HAS_FIRST:
+            p = tl.where(causal, s * (0.5 * s + 1.0) + 1.0, 0.0)
+            m = tl.where(chunk == 0, -tl.sum(p * dp, 1) * over_norm, m)
+        ds = tl.where(causal, (dp + m[:, None]) * (1.0 + s), 0.0) * scale
+        b_dq = product_in_two(ds, b_k, tl.zeros((C, BLOCK_K), tl.float32), PRECISION)
         dphi = tl.dot(b_do, S_a.to(dtype), input_precision=PRECISION) * over_norm[:, None] + m[:, None] * z_a[None, :]
         b_dq = through_features(dphi, b_q, f_a, b_dq, K, PRECISION)
         dphi = tl.dot(b_do, S_b.to(dtype), input_precision=PRECISION) * over_norm[:, None] + m[:, None] * z_b[None, :]
@@ -243,9 +247,12 @@ def key_gradient(
         b_v = load_rows(v + at * v_t, row, v_t, live, j, V, BLOCK)
         b_do, over_norm, m = slopes(do, do_t, o, o_t, n, n_t, at, row, live, j, V, BLOCK)
         s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
-        dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) * over_norm[None, :] + m[None, :]
-        ds = tl.where(causal, dp * (1.0 + s), 0.0) * scale
-        b_dk = tl.dot(ds.to(dtype), b_q, input_precision=PRECISION)
+        dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) * over_norm[None, :]
+        if not HAS_FIRST:
+            p = tl.where(causal, s * (0.5 * s + 1.0) + 1.0, 0.0)
+            m = tl.where(start == 0, -tl.sum(p * dp, 0) * over_norm, m)
+        ds = tl.where(causal, (dp + m[None, :]) * (1.0 + s), 0.0) * scale
+        b_dk = product_in_two(ds, b_q, tl.zeros((C, BLOCK_K), tl.float32), PRECISION)
         dphi = tl.dot(b_v, D_a.to(dtype), input_precision=PRECISION) + w_a[None, :]
         b_dk = through_features(dphi, b_k, f_a, b_dk, K, PRECISION)
         dphi = tl.dot(b_v, D_b.to(dtype), input_precision=PRECISION) + w_b[None, :]
@@ -288,7 +295,7 @@ def value_gradient(
         over_norm = 1.0 / tl.load(n + (at + row) * n_t, mask=live, other=1.0)
         s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
         p = tl.where(causal, s * (0.5 * s + 1.0) + 1.0, 0.0) * over_norm[None, :]
-        b_dv = tl.dot(p.to(dtype), b_do, input_precision=PRECISION)
+        b_dv = product_in_two(p, b_do, tl.zeros((C, BLOCK), tl.float32), PRECISION)
         phi = features(b_k, f_a, K, PRECISION).to(dtype)
         b_dv = tl.dot(phi, D_a.to(dtype), b_dv, input_precision=PRECISION)
         phi = features(b_k, f_b, K, PRECISION).to(dtype)

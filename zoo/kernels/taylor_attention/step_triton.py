@@ -55,7 +55,7 @@ fold_batch(_step)
 
 def step_config(K: int, V: int) -> Config:
     """A chunk is features here, those of which a program holds the state at a time."""
-    return Config(32 if K <= 32 else 128, min(triton.next_power_of_2(V), 16), 1 if K <= 32 else 4, 1)
+    return Config(64 if K <= 32 else 128, min(triton.next_power_of_2(V), 16), 1 if K <= 32 else 4, 1)
 
 
 @triton.jit

@@ -12,14 +12,14 @@ import triton
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch, padded, rows
+from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch, padded, precision, rows
 from zoo.kernels.taylor_attention import quadratic_kernels, recurrent_kernels
 from zoo.kernels.taylor_attention.features import num_features
 
 LARGEST_HEAD = 256
 LARGEST_RECURRENT = 32
 # Up to here all pairs cost less than the features do.
-QUADRATIC_LENGTH = 1024
+QUADRATIC_LENGTH = 2048
 
 
 def taylor_attention(
@@ -48,7 +48,7 @@ def taylor_attention(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, S: Tensor | None, z: Tensor | None, return_state: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, the normaliser (B, T, H), S and z; the last two without elements unless return_state."""
+    """o, the normaliser (B, T, H; as the form has it), S and z; the last two without elements unless return_state."""
     B, T, H, K = q.shape
     V, F = v.shape[-1], num_features(K)
     q, k, v = rows(q), rows(k), rows(v)
@@ -57,12 +57,10 @@ def _forward(
     last = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in _state_shapes(q, v, return_state)]
     arguments = (T, H, K**-0.5, eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     if _quadratic(q, S, return_state):
-        config = configured("taylor_attention.quadratic_forward", quadratic_config, q, v)
+        config = configured("taylor_attention.quadratic_forward", quadratic_config, q, v, 3)
         quadratic_kernels.forward_kernel[(B * H * triton.cdiv(T, config.chunk),)](
-            q, k, v, o, n, *arguments,
-            K=K, V=V, BLOCK_K=padded(K), BLOCK_V=padded(V), C=config.chunk, PRECISION=_precision(q),
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            q, k, v, o, n, *arguments, **_quadratic_options(q, v, config)
+        )
     else:
         config = configured("taylor_attention.recurrent_forward", recurrent_config, q, v)
         block = min(config.block, padded(V))
@@ -70,7 +68,7 @@ def _forward(
         recurrent_kernels.forward_kernel[(B * H * triton.cdiv(V, block),)](
             q, k, v, o, n, *first, *last, *arguments,
             K=K, V=V, F=F, BLOCK_K=padded(K), BLOCK=block, **_feature_tiles(F), C=config.chunk,
-            HAS_FIRST=S is not None, HAS_LAST=return_state, PRECISION=_precision(q),
+            HAS_FIRST=S is not None, HAS_LAST=return_state, PRECISION=precision(q),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return o, n, last[0], last[1]
@@ -102,17 +100,19 @@ def _backward(
     B, T, H, K = q.shape
     V, F = v.shape[-1], num_features(K)
     q, k, v, do = rows(q), rows(k), rows(v), rows(do)
-    dv = _empty_like(v, q)
-    dS_first, dz_first = _empty_like(S, q), _empty_like(z, q)
+    dv = empty_like(v, q)
+    dS_first, dz_first = empty_like(S, q), empty_like(z, q)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     if _quadratic(q, S, return_state):
-        dq, dk = _empty_like(q, q), _empty_like(k, q)
-        config = configured("taylor_attention.quadratic_backward", quadratic_config, q, v)
-        quadratic_kernels.backward_kernel[(2 * B * H * triton.cdiv(T, config.chunk),)](
-            q, k, v, o, n, do, dq, dk, dv, T, H, K**-0.5, *strides,
-            K=K, V=V, BLOCK_K=padded(K), BLOCK_V=padded(V), C=config.chunk, PRECISION=_precision(q),
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        dq, dk, m = empty_like(q, q), empty_like(k, q), torch.empty_like(n)
+        config = configured("taylor_attention.quadratic_query_backward", quadratic_config, q, v, 1)
+        quadratic_kernels.query_kernel[(B * H * triton.cdiv(T, config.chunk),)](
+            q, k, v, o, n, do, m, dq, T, H, K**-0.5, *strides, **_quadratic_options(q, v, config)
+        )
+        config = configured("taylor_attention.quadratic_key_backward", quadratic_config, q, v, 1)
+        quadratic_kernels.key_kernel[(B * H * triton.cdiv(T, config.chunk),)](
+            q, k, v, n, do, m, dk, dv, T, H, K**-0.5, *strides, **_quadratic_options(q, v, config)
+        )
         return dq, dk, dv, dS_first, dz_first
 
     config = configured("taylor_attention.recurrent_backward", recurrent_config, q, v)
@@ -126,7 +126,7 @@ def _backward(
         q, k, v, o, n, *first, do, *last, parts[0], parts[1], dv, dS_first, dz_parts, T, H, K**-0.5, B * T * H * K,
         *strides,
         K=K, V=V, F=F, BLOCK_K=padded(K), BLOCK=block, **_feature_tiles(F), C=config.chunk,
-        HAS_FIRST=S is not None, HAS_LAST=dS is not None, PRECISION=_precision(q),
+        HAS_FIRST=S is not None, HAS_LAST=dS is not None, PRECISION=precision(q),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     dq, dk = parts.sum(1).to(q.dtype)
@@ -147,7 +147,7 @@ def _(
     dz: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(_empty_like(x, q) for x in (q, k, v, S, z))  # type: ignore[return-value]
+    return tuple(empty_like(x, q) for x in (q, k, v, S, z))  # type: ignore[return-value]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -177,11 +177,19 @@ fold_batch(_forward)
 fold_batch(_backward)
 
 
-def quadratic_config(q: Tensor, v: Tensor) -> Config:
+def quadratic_config(q: Tensor, v: Tensor, num_stages: int) -> Config:
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
     if q.dtype == torch.float32:
         return Config(chunk=32, block=widest, num_warps=4, num_stages=1)
-    return Config(chunk=64 if widest <= 128 else 32, block=widest, num_warps=4, num_stages=2)
+    return Config(chunk=64 if widest <= 128 else 32, block=widest, num_warps=4, num_stages=num_stages)
+
+
+def _quadratic_options(q: Tensor, v: Tensor, config: Config) -> dict[str, Any]:
+    K, V = q.shape[-1], v.shape[-1]
+    return {
+        "K": K, "V": V, "BLOCK_K": padded(K), "BLOCK_V": padded(V), "C": config.chunk,
+        "PRECISION": precision(q), "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
 
 
 def recurrent_config(q: Tensor, v: Tensor) -> Config:
@@ -206,15 +214,3 @@ def _state_shapes(q: Tensor, v: Tensor, return_state: bool) -> tuple[tuple[int, 
     B, _, H, K = q.shape
     F = num_features(K)
     return ((B, H, F, v.shape[-1]), (B, H, F)) if return_state else ((B, 0), (B, 0))
-
-
-def _empty_like(x: Tensor | None, q: Tensor) -> Tensor:
-    """Contiguous memory for the gradient of x; without an x, no elements, but q's batch, as vmap needs it."""
-    if x is None:
-        return q.new_empty(q.shape[0], 0)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _precision(x: Tensor) -> str:
-    """Three tf32 products are as good as one in fp32; 16-bit operands have nothing to lose."""
-    return "tf32x3" if x.dtype == torch.float32 else "tf32"

@@ -1,0 +1,70 @@
+"""taylor_attention in Triton: all pairs, and the recurrence over features, against the recurrence in torch."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import ExitStack
+from functools import partial
+
+import pytest
+import torch
+
+from tests.triton_cases import inputs
+from zoo.kernels.launch import Config, forced
+from zoo.kernels.taylor_attention import TaylorState, taylor_attention
+from zoo.kernels.taylor_attention.features import taylor_features
+from zoo.testing.ops import check_op
+from zoo.testing.tolerances import TOLERANCES
+
+pytest.importorskip("triton")
+fused_module = importlib.import_module("zoo.kernels.taylor_attention.triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter, which has no GPU")
+FP32 = TOLERANCES["taylor_attention"][torch.float32]
+SHAPES = {"q": "BTHK", "k": "BTHK", "v": "BTHV"}
+
+reference = partial(taylor_attention, impl="reference")
+fused = partial(taylor_attention, impl="triton")
+stateless = {"return_state": False}
+
+
+def arguments(T, K=3, V=5, B=1, H=2, *, state=True, seed=0):
+    a = inputs(T, SHAPES, B=B, H=H, K=K, V=V, seed=seed)
+    if state:
+        earlier = inputs(4, {"k": "BHTK", "v": "BHTV"}, B=B, H=H, K=K, V=V, seed=seed + 1)
+        phi = taylor_features(earlier["k"].detach())
+        sums = phi.mT @ earlier["v"].detach(), phi.sum(2)
+        a["initial_state"] = TaylorState(*(x.requires_grad_() for x in sums))
+    return a
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 64, 65])
+def test_all_pairs(T):
+    # The first token's weights sum to 1: without eps its q and k have gradients of 0.
+    options = stateless | {"eps": 0.5}
+    check_op(partial(reference, **options), partial(fused, **options), arguments(T, state=False), FP32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_all_pairs_in_other_chunks(dtype):
+    """In half precision too, where sums over the diagonal are split."""
+    config = Config(16, 16, 1, 1)
+    a = arguments(70, K=17, V=33, H=1, state=False)
+    with ExitStack() as stack:
+        for kernel in ("forward", "query_backward", "key_backward"):
+            stack.enter_context(forced(f"taylor_attention.quadratic_{kernel}", config))
+        a = {n: x.detach().to(dtype).requires_grad_() for n, x in a.items()}
+        tolerance = TOLERANCES["taylor_attention"][dtype]
+        check_op(partial(reference, **stateless), partial(fused, **stateless), a, tolerance)
+
+
+@pytest.mark.parametrize(("T", "K"), [(1, 3), (17, 1), (33, 4)])
+def test_the_recurrence(T, K):
+    """Output, both parts of the final state and every gradient, with and without an initial state."""
+    check_op(reference, fused, arguments(T, K), FP32)
+    options = {"eps": 0.5}
+    check_op(partial(reference, **options), partial(fused, **options), arguments(T, K, state=False, seed=2), FP32)
+
+
+def test_a_long_sequence_without_a_state_recurs_too(monkeypatch):
+    monkeypatch.setattr(fused_module, "QUADRATIC_LENGTH", 16)
+    check_op(partial(reference, **stateless), partial(fused, **stateless), arguments(33, state=False), FP32)
