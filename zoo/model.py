@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from zoo.config import DataConfig, MLPConfig, ModelConfig
 from zoo.kernels.answer_loss import AnswerLoss, answer_loss
+from zoo.kernels.joined_rows import joined_rows
 from zoo.kernels.residual_norm import ResidualNorm, residual_norm
 from zoo.kernels.token_embedding import token_embedding
 from zoo.mixers import LayerInfo, Mixer, mixers
@@ -25,14 +27,22 @@ class ModelState(NamedTuple):
 
 
 class MLP(nn.Module):
-    """y = W_2 gelu(W_1 x), or y = W_2 (silu(W_1 x) * W_3 x) for SwiGLU (arXiv 2002.05202, eq. 6). x, y (..., D)."""
+    """y = W_2 gelu(W_1 x), or y = W_2 (silu(W_1 x) * W_3 x) for SwiGLU (arXiv 2002.05202, eq. 6). x, y (..., D).
 
-    def __init__(self, d_model: int, config: MLPConfig) -> None:
+    Weights start as N(0, 0.02^2), W_2 as N(0, 0.02^2 / (2 depth)), biases as 0: GPT-2's scheme, which the published
+    MQAR runs use. With torch's larger default the branch drowns the embeddings, and attention is slow to find a match.
+    """
+
+    def __init__(self, d_model: int, config: MLPConfig, depth: int) -> None:
         super().__init__()
         width = max(1, round(config.expand * d_model))
         self.gated = config.activation == "swiglu"
         self.up = nn.Linear(d_model, 2 * width if self.gated else width)
         self.down = nn.Linear(width, d_model)
+        nn.init.normal_(self.up.weight, std=0.02)
+        nn.init.normal_(self.down.weight, std=0.02 / math.sqrt(2 * depth))
+        nn.init.zeros_(self.up.bias)
+        nn.init.zeros_(self.down.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
@@ -52,7 +62,7 @@ class Block(nn.Module):
         self.norm = norm(config.d_model)
         self.mixer: Mixer = mixers.get(spec.mixer)(spec.options, layer)
         self.mlp_norm = norm(config.d_model) if config.mlp else None
-        self.mlp = MLP(config.d_model, config.mlp) if config.mlp else None
+        self.mlp = MLP(config.d_model, config.mlp, layer.depth) if config.mlp else None
 
     def feed(self, x: Tensor) -> Tensor:
         """The MLP half, which looks at each position alone."""
@@ -83,13 +93,13 @@ class Model(nn.Module):
 
     def features(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens (B, T), positions (B, Q) -> the head's input at those positions (B, Q, D)."""
-        at = positions[..., None].expand(-1, -1, self.config.d_model)
         x, normed = _join(self._embed(tokens), None, self.blocks[0].norm)
         for block, after in zip(self.blocks, [*self.blocks[1:], None], strict=True):
-            branch = block.mixer(normed)
+            mixed: Tensor = block.mixer(normed)
+            branch: Tensor | None = mixed
             if after is None:
                 # What follows looks at each position alone, so only the asked ones go on.
-                x, branch = x.gather(1, at), branch.gather(1, at)
+                x, branch = joined_rows(x, mixed, positions), None
             if block.mlp is not None and block.mlp_norm is not None:
                 x, normed = _join(x, branch, block.mlp_norm)
                 branch = block.mlp(normed)

@@ -29,6 +29,7 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "token_shift": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "token_embedding": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "linear": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "joined_rows": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "answer_loss": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
 }
 
