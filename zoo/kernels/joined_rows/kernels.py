@@ -1,4 +1,4 @@
-"""Forward a lookup; backward a product with one-hot columns, which adds up what was asked twice and writes every row."""
+"""Forward a lookup; backward a product with one-hot columns: it adds up what was asked twice and writes every row."""
 
 from __future__ import annotations
 
