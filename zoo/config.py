@@ -16,7 +16,7 @@ from zoo.mixers import MixerConfig, mixers
 from zoo.record import family_name
 from zoo.tasks import Task, tasks
 
-ENGINE_VERSION = 2
+ENGINE_VERSION = 3
 """Raise it with every edit of the model, training or evaluation that changes results: it is in every key."""
 
 
