@@ -43,7 +43,7 @@ def _(x: Tensor, branch: Tensor, positions: Tensor) -> Tensor:
 def _backward(positions: Tensor, dy: Tensor, T: int, branch_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     B, Q, D = dy.shape
     dx, dbranch = dy.new_empty(B, T, D), dy.new_empty(B, T, D, dtype=branch_dtype)
-    block_d = min(128, padded(D))
+    block_d = min(64, padded(D))
     t_blocks, d_blocks = triton.cdiv(T, BLOCK_T), triton.cdiv(D, block_d)
     if dx.numel():
         kernels.backward_kernel[(B * t_blocks * d_blocks,)](

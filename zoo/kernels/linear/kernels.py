@@ -16,23 +16,22 @@ def forward_kernel(
     column_block = tl.program_id(0) % column_blocks
     row_block = (tl.program_id(0) // column_blocks) % row_blocks
     group = (tl.program_id(0) // column_blocks // row_blocks).to(tl.int64)
-    m = row_block * ROWS + tl.arange(0, ROWS)
+    # Bases of 64 bits and offsets of 32 within the tile: registers are scarce.
+    within = tl.arange(0, ROWS)
+    m = row_block * ROWS + within
+    x += group * x_group + (row_block * ROWS).to(tl.int64) * x_row
+    y += (group * M + row_block * ROWS) * N
+    weight += group * N * K
     n = column_block * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        x_MK = tl.load(
-            x + group * x_group + m.to(tl.int64)[:, None] * x_row + k[None, :],
-            mask=(m < M)[:, None] & (k < K)[None, :],
-            other=0.0,
-        )
-        w_KN = tl.load(
-            weight + (group * N + n)[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0
-        )
+        x_MK = tl.load(x + within[:, None] * x_row + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        w_KN = tl.load(weight + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
         total = tl.dot(x_MK, w_KN.to(x_MK.dtype), total, input_precision=PRECISION)
     if BIAS:
         total += tl.load(bias + group * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    at = (group * M + m)[:, None] * N + n[None, :]
+    at = within[:, None] * N + n[None, :]
     tl.store(y + at, total.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
@@ -50,16 +49,17 @@ def weight_kernel(
     k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
     total = tl.zeros([COLUMNS, BLOCK_K], tl.float32)
     sums = tl.zeros([COLUMNS], tl.float32)
-    for step in range(steps):
-        m = (part * steps + step) * ROWS + tl.arange(0, ROWS)
-        dy_NM = tl.load(
-            dy + (group * M + m)[None, :] * N + n[:, None], mask=(m < M)[None, :] & (n < N)[:, None], other=0.0
-        )
-        x_MK = tl.load(
-            x + group * x_group + m.to(tl.int64)[:, None] * x_row + k[None, :],
-            mask=(m < M)[:, None] & (k < K)[None, :],
-            other=0.0,
-        )
+    within = tl.arange(0, ROWS)
+    first = part * steps * ROWS
+    x += group * x_group + first.to(tl.int64) * x_row
+    dy += (group * M + first) * N
+    for _ in range(steps):
+        live = first + within < M
+        dy_NM = tl.load(dy + within[None, :] * N + n[:, None], mask=live[None, :] & (n < N)[:, None], other=0.0)
+        x_MK = tl.load(x + within[:, None] * x_row + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
+        first += ROWS
+        x += ROWS * x_row
+        dy += ROWS * N
         total = tl.dot(dy_NM, x_MK.to(dy_NM.dtype), total, input_precision=PRECISION)
         if BIAS:
             sums += tl.sum(dy_NM.to(tl.float32), 1)
