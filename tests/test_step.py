@@ -142,6 +142,12 @@ def test_more_or_less_than_a_step_is_refused(name, impl):
         op(**a | tokens, impl=impl)
 
 
+def test_a_fused_step_refuses_a_gradient():
+    op, make = CASES["linear"]
+    with pytest.raises(UnsupportedError, match="has no gradient; pass impl='step'"):
+        op(**make(0), impl="step_triton")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_fused_steps_under_vmap(name):
     """A pack of models, with parameters and decays of its own."""

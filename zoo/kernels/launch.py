@@ -73,7 +73,34 @@ def fold_batch(op: Any) -> None:
     Holds for ops whose tensor arguments and results all have the batch as their first axis.
     """
 
-    @op.register_vmap
+    op.register_vmap(_folding(op))
+
+
+def step_op(
+    name: str, kernel: Callable[..., tuple[Tensor, ...]], fake: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """`kernel` as the op zoo::`name`, with a rule for vmap as `fold_batch` has it; it refuses to be differentiated.
+
+    It spares the layers of `torch.library.custom_op`, which take longer than all else in a call for one token.
+    """
+    qualified = f"zoo::{name}"
+    torch.library.define(qualified, torch.library.infer_schema(kernel, mutates_args=()))
+    torch.library.impl(qualified, ("cpu", "cuda"), kernel)
+    torch.library.register_fake(qualified, fake)
+    op = getattr(torch.ops.zoo, name)
+    torch.library.register_vmap(qualified, _folding(op))
+
+    def call(*args: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            raise UnsupportedError(f"{name}: the fused step has no gradient; pass impl='step', or use torch.no_grad().")
+        return op(*args)
+
+    return call
+
+
+def _folding(op: Any) -> Callable[..., tuple[Any, Any]]:
+    """The rule of `fold_batch`."""
+
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         def fold(x: Any, dim: int | None) -> Any:
             if not isinstance(x, Tensor):
@@ -86,6 +113,8 @@ def fold_batch(op: Any) -> None:
             return results.unflatten(0, (info.batch_size, -1)), 0
         results = tuple(r.unflatten(0, (info.batch_size, r.shape[0] // info.batch_size)) for r in results)
         return results, (0,) * len(results)
+
+    return rule
 
 
 def state_tile(K: int, V: int) -> Config:

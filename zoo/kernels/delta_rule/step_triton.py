@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.backend import check_step
-from zoo.kernels.launch import check_launch, configured, fold_batch, rows, state_tile
+from zoo.kernels.launch import check_launch, configured, rows, state_tile, step_op
 
 
 def delta_rule(
@@ -25,7 +25,7 @@ def delta_rule(
     S = check_step("delta_rule", q.shape[1], initial_state)
     check_launch("delta_rule", q, k, v)
     decay = None if decay is None else decay[:, 0]
-    o, S = torch.ops.zoo.delta_rule_step(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], None, decay, S.float())
+    o, S = _op(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], None, decay, S.float())
     return o[:, None], S
 
 
@@ -44,11 +44,10 @@ def generalized_delta_rule(
     S = check_step("generalized_delta_rule", q.shape[1], initial_state)
     check_launch("generalized_delta_rule", q, k, v)
     decay = None if decay is None else decay[:, 0]
-    o, S = torch.ops.zoo.delta_rule_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], b[:, 0], decay, S.float())
+    o, S = _op(q[:, 0], k[:, 0], v[:, 0], a[:, 0], b[:, 0], decay, S.float())
     return o[:, None], S
 
 
-@torch.library.custom_op("zoo::delta_rule_step", mutates_args=())
 def _step(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None, decay: Tensor | None, S: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -69,14 +68,13 @@ def _step(
     return o, after
 
 
-@_step.register_fake
-def _(
+def _fake(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None, decay: Tensor | None, S: Tensor
 ) -> tuple[Tensor, Tensor]:
     return v.new_empty(v.shape), S.new_empty(S.shape)
 
 
-fold_batch(_step)
+_op = step_op("delta_rule_step", _step, _fake)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.backend import check_step
-from zoo.kernels.launch import check_launch, configured, fold_batch, rows, state_tile
+from zoo.kernels.launch import check_launch, configured, rows, state_tile, step_op
 
 
 def linear_recurrence(
@@ -26,11 +26,10 @@ def linear_recurrence(
     if decay is not None:
         decay = decay[None] if decay.dim() == 1 else decay[:, 0]
     bonus = None if bonus is None else bonus[None]
-    o, S = torch.ops.zoo.linear_recurrence_step(q[:, 0], k[:, 0], v[:, 0], decay, bonus, S.float())
+    o, S = _op(q[:, 0], k[:, 0], v[:, 0], decay, bonus, S.float())
     return o[:, None], S
 
 
-@torch.library.custom_op("zoo::linear_recurrence_step", mutates_args=())
 def _step(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, S: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -51,12 +50,13 @@ def _step(
     return o, after
 
 
-@_step.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, S: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, S: Tensor
+) -> tuple[Tensor, Tensor]:
     return v.new_empty(v.shape), S.new_empty(S.shape)
 
 
-fold_batch(_step)
+_op = step_op("linear_recurrence_step", _step, _fake)
 
 
 @triton.jit

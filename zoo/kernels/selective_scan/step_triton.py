@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.backend import check_step
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows
+from zoo.kernels.launch import Config, check_launch, configured, rows, step_op
 
 
 def selective_scan(
@@ -28,11 +28,10 @@ def selective_scan(
     dt = dt[:, 0] if dt.dim() == 3 else dt[None]
     B, C = (M if M.dim() == 3 else M[None] for M in (B, C))
     D, z = None if D is None else D[None], None if z is None else z[:, 0]
-    y, h = torch.ops.zoo.selective_scan_step(x[:, 0], dt, A[None], B, C, D, z, h.float())
+    y, h = _op(x[:, 0], dt, A[None], B, C, D, z, h.float())
     return y[:, None], h
 
 
-@torch.library.custom_op("zoo::selective_scan_step", mutates_args=())
 def _step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, h: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -53,14 +52,13 @@ def _step(
     return y, after
 
 
-@_step.register_fake
-def _(
+def _fake(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, h: Tensor
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), h.new_empty(h.shape)
 
 
-fold_batch(_step)
+_op = step_op("selective_scan_step", _step, _fake)
 
 
 def step_config(channels: int, N: int) -> Config:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.backend import check_step
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows
+from zoo.kernels.launch import Config, check_launch, configured, rows, step_op
 
 
 def short_conv(
@@ -22,11 +22,10 @@ def short_conv(
     cache = check_step("short_conv", x.shape[1], initial_state)
     check_launch("short_conv", x, weight, bias)
     bias = None if bias is None else bias[None]
-    y, cache = torch.ops.zoo.short_conv_step(x[:, 0], weight[None], bias, cache.to(x.dtype), activation == "silu")
+    y, cache = _op(x[:, 0], weight[None], bias, cache.to(x.dtype), activation == "silu")
     return y[:, None], cache
 
 
-@torch.library.custom_op("zoo::short_conv_step", mutates_args=())
 def _step(x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
     """x (B, D), weight (G, D, W), bias (G, D), G a divisor of B, cache (B, W-1, D) -> y, cache."""
     B, D = x.shape
@@ -41,12 +40,11 @@ def _step(x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor, silu: b
     return y, after
 
 
-@_step.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), cache.new_empty(cache.shape)
 
 
-fold_batch(_step)
+_op = step_op("short_conv_step", _step, _fake)
 
 
 def step_config(D: int) -> Config:

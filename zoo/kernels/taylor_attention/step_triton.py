@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.backend import check_step
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows
+from zoo.kernels.launch import Config, check_launch, configured, rows, step_op
 from zoo.kernels.taylor_attention.features import num_features
 from zoo.kernels.taylor_attention.recurrent_kernels import feature
 
@@ -25,11 +25,10 @@ def taylor_attention(
     S, z = (None, None) if initial_state is None else initial_state
     S, z = (check_step("taylor_attention", q.shape[1], x).float() for x in (S, z))
     check_launch("taylor_attention", q, k, v)
-    o, S, z = torch.ops.zoo.taylor_attention_step(q[:, 0], k[:, 0], v[:, 0], S, z, eps)
+    o, S, z = _op(q[:, 0], k[:, 0], v[:, 0], S, z, eps)
     return o[:, None], (S, z)
 
 
-@torch.library.custom_op("zoo::taylor_attention_step", mutates_args=())
 def _step(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """q, k (B, H, K), v (B, H, V) -> o (B, H, V), S, z."""
     B, H, K = q.shape
@@ -45,12 +44,11 @@ def _step(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float) -> 
     return o, S_after, z_after
 
 
-@_step.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return v.new_empty(v.shape), S.new_empty(S.shape), z.new_empty(z.shape)
 
 
-fold_batch(_step)
+_op = step_op("taylor_attention_step", _step, _fake)
 
 
 def step_config(K: int, V: int) -> Config:
