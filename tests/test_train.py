@@ -213,3 +213,14 @@ def test_the_recipe_learns_to_recall() -> None:
     assert outcome.test_accuracy > 0.95
     assert outcome.agreement is not None
     assert outcome.agreement.same_answers > 0.99
+
+
+def test_half_precision_trains_on_a_cpu() -> None:
+    """The head's gradient included, which is made in chunks where the vocabulary is large."""
+    entry = {"task": "mqar", "seq_len": 64, "num_pairs": 8, "vocab_size": 8192}
+    config = trial(
+        data={"train": [{**entry, "examples": 128}], "test": [{**entry, "examples": 8}]},
+        training={"dtype": "bfloat16"},
+    )
+    losses = [epoch.train_loss for epoch in run_trial(config).history]
+    assert losses[1] < losses[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.config import OptimizerConfig, Trial
-from zoo.evaluate import PackEvaluation, Slice, mean_accuracy
+from zoo.evaluate import Dtype, PackEvaluation, Slice, mean_accuracy
 from zoo.graphs import Replay, new_pool
 from zoo.model import Model
 from zoo.optimizer import Moments, OneByOne, PackOptimizer, Stacked
@@ -60,6 +60,7 @@ class Fit:
         self.sizes = [len(part.tokens) for part in train]
         batch = self.settings.batch_size
         self.steps = [size // batch for size in self.sizes]
+        self.loss = functools.partial(mean_loss, dtype=self.settings.dtype)
         zeros, members = functools.partial(torch.zeros, device=self.device), len(runs)
         # What a step reads and writes, in places that stay.
         self.rows = [zeros(steps, members, batch, dtype=torch.int64) for steps in self.steps]
@@ -86,8 +87,8 @@ class Fit:
         tokens, *asked = (x[None, :batch] for x in largest[1:])
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with torch.autocast("cuda", torch.bfloat16, enabled=run.trial.training.dtype == "bfloat16"):
-            Pack([run.model], batched=False).gradients(mean_loss, tokens, *asked)
+        loss = functools.partial(mean_loss, dtype=run.trial.training.dtype)
+        Pack([run.model], batched=False).gradients(loss, tokens, *asked)
         return torch.cuda.max_memory_allocated() - before
 
     def run(self, on_epoch: Callable[[Run, Epoch], None]) -> None:
@@ -177,13 +178,16 @@ class Fit:
     def _gradients(self, s: int) -> Tensor:
         part = self.train[s]
         rows = self.rows[s].index_select(0, self.turn[s])[0]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
-            return self.pack.gradients(mean_loss, part.tokens[rows], part.positions[rows], part.answers[rows])
+        return self.pack.gradients(self.loss, part.tokens[rows], part.positions[rows], part.answers[rows])
 
 
-def mean_loss(model: Model, tokens: Tensor, positions: Tensor, answers: Tensor) -> Tensor:
-    """tokens (B, T), positions and answers (B, Q) -> the mean cross-entropy of the questions, in nats."""
-    return model.answer(tokens, positions, answers).loss.sum() / (answers != IGNORE).sum()
+def mean_loss(model: Model, tokens: Tensor, positions: Tensor, answers: Tensor, dtype: Dtype = "float32") -> Tensor:
+    """tokens (B, T), positions and answers (B, Q) -> the mean cross-entropy of the questions, in nats.
+
+    Under autocast where the dtype is bfloat16: here, because gradients must not be.
+    """
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        return model.answer(tokens, positions, answers).loss.sum() / (answers != IGNORE).sum()
 
 
 def shuffled(sizes: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from zoo.kernels.linear import linear
 from zoo.model import Model
 from zoo.state import State, map_tensors, named_tensors
 
@@ -67,7 +68,7 @@ class Pack:
             shape[:] = [functional_call(caller, parameters, _rebuilt(inputs, tensors))]
             return tuple(t for _, t in named_tensors(shape[0]))
 
-        with _AutocastLinear(), warnings.catch_warnings():
+        with _PackedLinear(), warnings.catch_warnings():
             # Of an operation that vmap can only run member by member: right all the same.
             warnings.filterwarnings("ignore", message="There is a performance drop")
             return _rebuilt(shape, vmap(call_one)(parameters, *(t for _, t in named_tensors(inputs))))[0]
@@ -112,14 +113,21 @@ def _rebuilt(like: State, tensors: Iterable[Tensor]) -> State:
     return map_tensors(lambda _: next(values), like)
 
 
-class _AutocastLinear(TorchFunctionMode):
-    """Linear layers under autocast: vmap takes them apart before autocast sees them, and a bias would stay in fp32."""
+class _PackedLinear(TorchFunctionMode):
+    """Linear layers of 16 bits, also those that autocast makes so, as one op for the whole pack.
+
+    vmap would take a layer apart before autocast sees it: the bias stayed in fp32, in a kernel of its own.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and torch.is_autocast_enabled(args[0].device.type):
-            dtype = torch.get_autocast_dtype(args[0].device.type)
-            args = tuple(x if x is None else x.to(dtype) for x in args)
-            kwargs = {name: x if x is None else x.to(dtype) for name, x in (kwargs or {}).items()}
+        if func is F.linear:
+            given = (*args, *(kwargs or {}).values())
+            x, parameters = given[0], given[1:]
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            if dtype in (torch.bfloat16, torch.float16):
+                with torch.autocast(device, enabled=False):
+                    return linear(x.to(dtype), *parameters)
         return func(*args, **(kwargs or {}))
 
 

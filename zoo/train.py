@@ -132,7 +132,8 @@ def _groups(runs: list[Run], train: list[Slice]) -> list[list[Run]]:
     """The runs in as few packs as the device's memory allows."""
     if len(runs) == 1 or not _on_gpu(runs):
         return [runs]
-    free, _ = torch.cuda.mem_get_info()
+    # What torch has reserved and does not use is free too.
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     most = max(1, int(_USABLE_MEMORY * free / Fit.memory_of_one(runs[0], train)))
     return [runs[i : i + most] for i in range(0, len(runs), most)]
 
