@@ -14,6 +14,7 @@ from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.short_conv import MAX_WIDTH, short_conv
 from zoo.mixers.base import LayerInfo, head_dim
 from zoo.mixers.recurrent import RecurrentMixer
+from zoo.mixers.widened import widened
 
 
 class DeltaNetState(NamedTuple):
@@ -72,7 +73,9 @@ class DeltaNet(RecurrentMixer):
         )
         q, k, v = (y.unflatten(-1, (self.config.num_heads, -1)) for y in qkv.split(self.splits, dim=-1))
         q, k = normalize(q, self.key_dim**-0.5), normalize(k)
-        beta = torch.sigmoid(self.beta(x)) * (2 if self.config.allow_neg_eigval else 1)
+        beta = torch.sigmoid(widened(self.beta.weight, x)[..., : self.config.num_heads]) * (
+            2 if self.config.allow_neg_eigval else 1
+        )
         o, S = delta_rule(q, k, v, beta, self.decay(x), initial_state=S, return_state=return_state)
         y = self.out(self.readout(o, x).flatten(2))
         return y, None if cache is None or S is None else DeltaNetState(cache, S)

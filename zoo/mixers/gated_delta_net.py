@@ -7,12 +7,12 @@ import math
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from zoo.kernels.backend import state_dtype
+from zoo.kernels.activation import activation
 from zoo.kernels.gated_norm import gated_norm
 from zoo.mixers.base import LayerInfo
 from zoo.mixers.delta_net import DeltaNet
+from zoo.mixers.widened import widened
 
 
 class GatedDeltaNet(DeltaNet):
@@ -44,7 +44,8 @@ class GatedDeltaNet(DeltaNet):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     def decay(self, x: Tensor) -> Tensor:
-        return -self.A_log.exp() * F.softplus(self.alpha(x).to(state_dtype(x.dtype)) + self.dt_bias)
+        dt = widened(self.alpha.weight, x)[..., : self.config.num_heads]
+        return -self.A_log.exp() * activation(dt, self.dt_bias, "softplus")
 
     def readout(self, o: Tensor, x: Tensor) -> Tensor:
         return gated_norm(o, None if self.gate is None else self.gate(x).view_as(o), self.norm_weight)

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.kernels.activation import activation
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.linear_recurrence import linear_recurrence
@@ -50,8 +51,10 @@ class GLA(RecurrentMixer):
 
     def mix(self, x: Tensor, state: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor | None]:
         H = self.config.num_heads
-        g = F.logsigmoid(self.decay_up(self.decay_down(x)).to(state_dtype(x.dtype))) / 16
+        g = F.linear(self.decay_down(x), self.decay_up.weight)
+        g = activation(g, self.decay_up.bias, "logsigmoid", scale=1 / 16)
         q, k, v, g = (y.unflatten(-1, (H, -1)) for y in (self.q(x), self.k(x), self.v(x), g))
-        o, state = linear_recurrence(q * self.key_dim**-0.5, k, v, g, initial_state=state, return_state=return_state)
-        o = gated_norm(o, self.gate(x).view_as(o), self.norm_weight)
+        o, state = linear_recurrence(q, k, v, g, initial_state=state, return_state=return_state)
+        # The norm undoes a scale of q, but for its eps.
+        o = gated_norm(o, self.gate(x).view_as(o), self.norm_weight, eps=1e-5 * self.key_dim)
         return self.out(o.flatten(2)), state

@@ -8,15 +8,16 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo.errors import ConfigError
+from zoo.kernels.activation import activation
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.linear_recurrence import linear_recurrence
 from zoo.kernels.short_conv import short_conv
 from zoo.mixers.base import LayerInfo
 from zoo.mixers.recurrent import RecurrentMixer
+from zoo.mixers.widened import WIDTH, widened
 
 
 class Mamba2State(NamedTuple):
@@ -83,15 +84,13 @@ class Mamba2(RecurrentMixer):
     def mix(self, x: Tensor, state: Mamba2State | None, return_state: bool) -> tuple[Tensor, Mamba2State | None]:
         G, N, H = self.config.num_groups, self.config.d_state, self.num_heads
         cache, ssm = (None, None) if state is None else state
-        # Columns up to a multiple of 8: a matrix product in half precision with other sizes is several times slower.
-        weight = F.pad(self.in_proj.weight, (0, 0, 0, -sum(self.splits) % 8))
-        z, xBC, dt = F.linear(x, weight)[..., : sum(self.splits)].split(self.splits, dim=-1)
+        z, xBC, dt, _ = widened(self.in_proj.weight, x).split([*self.splits, -sum(self.splits) % WIDTH], dim=-1)
         xBC, cache = short_conv(
             xBC, self.conv_weight, self.conv_bias, "silu", initial_state=cache, return_state=return_state
         )
         x, B, C = xBC.split([self.splits[0], G * N, G * N], dim=-1)
         x = x.unflatten(-1, (H, -1))
-        dt = F.softplus(dt.to(state_dtype(dt.dtype)) + self.dt_bias)
+        dt = activation(dt, self.dt_bias, "softplus")
         # The step multiplies B, which has fewer channels than x in all but the largest states.
         k = B.unflatten(-1, (G, 1, N)) * dt.to(B.dtype).unflatten(-1, (G, -1, 1))
         q = C.unflatten(-1, (G, 1, N)).expand_as(k)

@@ -14,9 +14,9 @@ from zoo.mixers.recurrent import RecurrentMixer
 
 
 class RetNet(RecurrentMixer):
-    """y_t = W_o [RMSNorm(S_t^T q_t) * silu(W_g x_t)], per head h (arXiv 2307.08621, eq. 6 to 8).
+    """y_t = W_o [RMSNorm(S_t^T q_t / sqrt(K)) * silu(W_g x_t)], per head h (arXiv 2307.08621, eq. 6 to 8).
 
-        S_t = gamma_h S_{t-1} + k_t v_t^T / sqrt(K),   gamma_h = 1 - 2^(-5-h)
+        S_t = gamma_h S_{t-1} + k_t v_t^T,   gamma_h = 1 - 2^(-5-h)
 
     Without the rotation of q and k, which needs a count of the tokens beside S. Initialised as in the official code:
     Xavier uniform with gain 2^-2.5, the output with gain 1/2. The norm has no weights. The state is S (B, H, K, V).
@@ -51,8 +51,7 @@ class RetNet(RecurrentMixer):
         H = self.config.num_heads
         q, k, v = (linear(x).unflatten(-1, (H, -1)) for linear in (self.q, self.k, self.v))
         decay = torch.log1p(-(2.0 ** (-5 - torch.arange(H, dtype=state_dtype(x.dtype), device=x.device))))
-        o, state = linear_recurrence(
-            q, k * self.key_dim**-0.5, v, decay, initial_state=state, return_state=return_state
-        )
-        o = gated_norm(o, self.gate(x).view_as(o), eps=1e-6)
+        o, state = linear_recurrence(q, k, v, decay, initial_state=state, return_state=return_state)
+        # The norm undoes a scale of q, but for its eps.
+        o = gated_norm(o, self.gate(x).view_as(o), eps=1e-6 * self.key_dim)
         return self.out(o.flatten(2)), state

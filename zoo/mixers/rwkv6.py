@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
+from zoo.kernels.activation import activation
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.linear_recurrence import linear_recurrence
@@ -91,7 +92,7 @@ class RWKV6(RecurrentMixer):
         low = torch.tanh(mixed @ self.shift_down).unflatten(-1, (5, -1))
         offset = torch.einsum("btir,ird->ibtd", low, self.shift_up)
         w, k, v, r, g = token_shift(x, self.shifts, offset, previous=previous)
-        decay = self.decay + torch.tanh(w @ self.decay_down) @ self.decay_up
+        decay = activation(torch.tanh(w @ self.decay_down) @ self.decay_up, self.decay, "exp", scale=-1)
         r, k, v, decay = (
             y.unflatten(-1, (self.num_heads, -1)) for y in (self.receptance(r), self.key(k), self.value(v), decay)
         )
@@ -99,7 +100,7 @@ class RWKV6(RecurrentMixer):
             r,
             k,
             v,
-            -decay.to(state_dtype(x.dtype)).exp(),
+            decay,
             bonus=self.bonus,
             initial_state=S,
             return_state=return_state,

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
+from zoo.kernels.activation import activation
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.delta_rule import generalized_delta_rule
 from zoo.kernels.rwkv7 import rwkv7_keys, rwkv7_readout
@@ -98,8 +99,8 @@ class RWKV7(RecurrentMixer):
     def mix(self, x: Tensor, state: RWKV7State | None, return_state: bool) -> tuple[Tensor, RWKV7State | None]:
         previous, S = (None, None) if state is None else state
         r, w, k, v, a, g = token_shift(x, self.shifts, previous=previous)
-        decay = (torch.tanh(w @ self.decay_down) @ self.decay_up).to(state_dtype(x.dtype)) + self.decay
-        decay = MIN_DECAY * torch.sigmoid(decay)
+        decay = torch.tanh(w @ self.decay_down) @ self.decay_up
+        decay = activation(decay, self.decay, "sigmoid", scale=MIN_DECAY)
         rate = (a @ self.rate_down) @ self.rate_up
         gate = torch.sigmoid(g @ self.gate_down) @ self.gate_up
         r, k, v, decay, rate, gate = (
