@@ -27,7 +27,8 @@ def run_op(op: Op, inputs: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
     leaves = dict(_tensors(inputs))
     leaves = {name: t for name, t in leaves.items() if t.requires_grad}
     device = next(iter(outputs.values())).device
-    draw = torch.Generator(device).manual_seed(seed)
+    # Another seed than the inputs may have been drawn from: the gradients would be sums of squares.
+    draw = torch.Generator(device).manual_seed(2**32 + seed)
     # Rounded to what every dtype can hold: the reference and the op get the same weights.
     weights = [torch.randn(o.shape, device=device, generator=draw).bfloat16().to(o) for o in outputs.values()]
     gradients: tuple[Tensor, ...] = ()

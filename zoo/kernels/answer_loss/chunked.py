@@ -1,4 +1,7 @@
-"""A chunk of rows at a time: its logits live in cache, once for the loss and once again for the gradient."""
+"""A chunk of rows at a time: its logits live in cache, once for the loss and once again for the gradient.
+
+What is one chunk anyway is left to torch, which has fewer and longer operations.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from zoo.kernels.backend import state_dtype
 
@@ -18,8 +22,13 @@ GPU_LOGITS = 1 << 25
 
 def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
     dtype = state_dtype(hidden.dtype)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if len(_chunks(hidden, weight)) == 1:
+        logits = hidden @ weight.T
+        loss = F.cross_entropy(logits, answers, ignore_index=IGNORE, reduction="none")
+        return loss, _max(logits.detach())[1]
     ignored = answers == IGNORE
-    loss, prediction = _CrossEntropy.apply(hidden.to(dtype), weight.to(dtype), answers.masked_fill(ignored, 0))
+    loss, prediction = _CrossEntropy.apply(hidden, weight, answers.masked_fill(ignored, 0))
     return loss.masked_fill(ignored, 0), prediction
 
 

@@ -13,14 +13,14 @@ from zoo.kernels.tiles import LOG2E, load_rows, store_rows
 
 @triton.jit
 def forward_kernel(
-    hidden, weight, answers, largest, total, at_answer, best, M, V, part, steps, parts, hidden_g, hidden_m,
-    weight_g, weight_v, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    hidden, weight, largest, total, best, M, V, part, steps, parts, hidden_g, hidden_m, weight_g, weight_v,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program a group, ROWS rows and `steps` blocks of COLUMNS tokens; results (parts, groups, M), `part` apart.
 
-    largest: the largest logit, in units of log2; total: the sum of 2^(logit - largest); at_answer: the answer's logit
-    where it is among these tokens, else 0; best: the first token with the largest logit.
+    largest: the largest logit; total: the sum of exp(logit - largest); best: the first token with the largest logit.
+    EVEN: COLUMNS divides V.
     """
     blocks = tl.cdiv(M, ROWS)
     m = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -28,53 +28,58 @@ def forward_kernel(
     group = tl.cast(tl.program_id(0) // (blocks * parts), tl.int64)
     d = tl.arange(0, BLOCK_D)
     b_hidden = load_rows(hidden + group * hidden_g, m.to(tl.int64), hidden_m, m < M, d, D, BLOCK_D)
-    answer = tl.load(answers + group * M + m, mask=m < M, other=-1)
     weight += group * weight_g
+    column = tl.arange(0, COLUMNS)
     b_largest = tl.full((ROWS,), float("-inf"), tl.float32)
     b_total = tl.zeros((ROWS,), tl.float32)
-    b_answer = tl.zeros((ROWS,), tl.float32)
     b_best = tl.zeros((ROWS,), tl.int32)
     for i in range(piece * steps, tl.minimum((piece + 1) * steps, tl.cdiv(V, COLUMNS))):
-        v = i * COLUMNS + tl.arange(0, COLUMNS)
+        v = i * COLUMNS + column
         b_weight = load_rows(weight, v.to(tl.int64), weight_v, v < V, d, D, BLOCK_D)
-        logits = tl.dot(b_hidden, tl.trans(b_weight), input_precision=PRECISION) * LOG2E
-        logits = tl.where((v < V)[None, :], logits, float("-inf"))
-        b_answer += tl.sum(tl.where(v[None, :] == answer[:, None], logits, 0.0), 1)
+        logits = tl.dot(b_hidden, tl.trans(b_weight), input_precision=PRECISION)
+        if not EVEN:
+            logits = tl.where((v < V)[None, :], logits, float("-inf"))
         highest = tl.max(logits, 1)
-        token = tl.min(tl.where(logits == highest[:, None], v[None, :], V), 1)
-        b_best = tl.where(highest > b_largest, token, b_best)
+        token = tl.min(tl.where(logits == highest[:, None], column[None, :], COLUMNS), 1)
+        b_best = tl.where(highest > b_largest, token + i * COLUMNS, b_best)
         highest = tl.maximum(highest, b_largest)
-        b_total = b_total * tl.exp2(b_largest - highest) + tl.sum(tl.exp2(logits - highest[:, None]), 1)
+        b_total *= tl.exp2((b_largest - highest) * LOG2E)
+        b_total += tl.sum(tl.exp2(logits * LOG2E - (highest * LOG2E)[:, None]), 1)
         b_largest = highest
     at = tl.cast(piece, tl.int64) * part + group * M + m
     tl.store(largest + at, b_largest, mask=m < M)
     tl.store(total + at, b_total, mask=m < M)
-    tl.store(at_answer + at, b_answer, mask=m < M)
     tl.store(best + at, b_best, mask=m < M)
 
 
 @triton.jit
 def combine_kernel(
-    largest, total, at_answer, best, answers, loss, log_sum, prediction, part, parts, BLOCK: tl.constexpr,
+    hidden, weight, largest, total, best, answers, loss, log_sum, prediction, M, part, parts,
+    hidden_g, hidden_m, weight_g, weight_v, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK rows a program: the parts' results to loss, prediction, and log_sum in units of log2."""
-    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """ROWS of all groups' rows a program: the parts' results to loss, prediction, and log_sum in units of log2."""
+    at = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
     live = at < part
+    answer = tl.load(answers + at, mask=live, other=-1)
     b_largest = tl.load(largest + at, mask=live, other=0.0)
     b_total = tl.load(total + at, mask=live, other=1.0)
-    b_answer = tl.load(at_answer + at, mask=live, other=0.0)
     b_best = tl.load(best + at, mask=live, other=0)
     for i in range(1, parts):
         other = at + tl.cast(i, tl.int64) * part
         highest = tl.load(largest + other, mask=live, other=0.0)
         b_best = tl.where(highest > b_largest, tl.load(best + other, mask=live, other=0), b_best)
         shared = tl.maximum(highest, b_largest)
-        b_total *= tl.exp2(b_largest - shared)
-        b_total += tl.load(total + other, mask=live, other=1.0) * tl.exp2(highest - shared)
+        b_total *= tl.exp2((b_largest - shared) * LOG2E)
+        b_total += tl.load(total + other, mask=live, other=1.0) * tl.exp2((highest - shared) * LOG2E)
         b_largest = shared
-        b_answer += tl.load(at_answer + other, mask=live, other=0.0)
-    b_log_sum = b_largest + tl.log2(b_total)
-    b_loss = tl.where(tl.load(answers + at, mask=live, other=-1) >= 0, (b_log_sum - b_answer) / LOG2E, 0.0)
+    d = tl.arange(0, BLOCK_D)
+    asked = live & (answer >= 0)
+    b_hidden = load_rows(hidden + (at // M * hidden_g)[:, None], at % M, hidden_m, asked, d, D, BLOCK_D)
+    b_weight = load_rows(weight + (at // M * weight_g)[:, None], answer, weight_v, asked, d, D, BLOCK_D)
+    at_answer = tl.sum(b_hidden.to(tl.float32) * b_weight.to(tl.float32), 1)
+    b_log_sum = b_largest * LOG2E + tl.log2(b_total)
+    # In this order the large numbers cancel first.
+    b_loss = tl.where(asked, (b_largest - at_answer) + tl.log2(b_total) / LOG2E, 0.0)
     tl.store(loss + at, b_loss, mask=live)
     tl.store(log_sum + at, b_log_sum, mask=live)
     tl.store(prediction + at, b_best.to(tl.int64), mask=live)
@@ -90,31 +95,32 @@ def gradient(
     d = tl.arange(0, BLOCK_D)
     b_x = load_rows(x, n.to(tl.int64), x_n, n < X, d, D, BLOCK_D)
     if OF_HIDDEN:
-        answer = tl.load(answers + n, mask=n < X, other=-1)[:, None]
-        b_log_sum = tl.load(log_sum + n, mask=n < X, other=0.0)[:, None]
-        scale = tl.load(dloss + n, mask=n < X, other=0.0)[:, None]
-        scale = tl.where(answer >= 0, scale, 0.0)
+        answer = tl.load(answers + n, mask=n < X, other=-1).to(tl.int32)
+        b_log_sum = tl.load(log_sum + n, mask=n < X, other=0.0)
+        scale = tl.where(answer >= 0, tl.load(dloss + n, mask=n < X, other=0.0), 0.0)
+    column = tl.arange(0, BLOCK_Y)
     total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
     for i in range(first, last):
-        k = i * BLOCK_Y + tl.arange(0, BLOCK_Y)
+        k = i * BLOCK_Y + column
         b_y = load_rows(y, k.to(tl.int64), y_n, k < Y, d, D, BLOCK_D)
-        logits = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION) * LOG2E
+        logits = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
         if OF_HIDDEN:
             # Tokens past the vocabulary have a weight of zero here.
-            slope = tl.exp2(logits - b_log_sum) - (k[None, :] == answer).to(tl.float32)
+            p = tl.exp2(logits * LOG2E - b_log_sum[:, None])
+            slope = tl.where(column[None, :] == (answer - i * BLOCK_Y)[:, None], p - 1, p)
         else:
-            answer = tl.load(answers + k, mask=k < Y, other=-1)[None, :]
-            b_log_sum = tl.load(log_sum + k, mask=k < Y, other=0.0)[None, :]
-            scale = tl.load(dloss + k, mask=k < Y, other=0.0)[None, :]
-            slope = tl.exp2(logits - b_log_sum) - (n[:, None] == answer).to(tl.float32)
-            slope *= tl.where(answer >= 0, scale, 0.0)
+            answer = tl.load(answers + k, mask=k < Y, other=-1).to(tl.int32)
+            b_log_sum = tl.load(log_sum + k, mask=k < Y, other=0.0)
+            scale = tl.where(answer >= 0, tl.load(dloss + k, mask=k < Y, other=0.0), 0.0)
+            p = tl.exp2(logits * LOG2E - b_log_sum[None, :])
+            slope = tl.where(n[:, None] == answer[None, :], p - 1, p) * scale[None, :]
         if b_y.dtype == tl.float16:
             # Slopes can be smaller than fp16 has numbers; tf32 has its precision and the range.
             total = tl.dot(slope, b_y.to(tl.float32), total, input_precision="tf32")
         else:
             total = tl.dot(slope.to(b_y.dtype), b_y, total, input_precision=PRECISION)
     if OF_HIDDEN:
-        total *= scale
+        total *= scale[:, None]
     store_rows(out, total, n.to(tl.int64), D, n < X, d, D, BLOCK_D)
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from zoo.errors import UnsupportedError
 from zoo.kernels.answer_loss import kernels
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch, padded, rows
+from zoo.kernels.launch import Config, check_launch, configured, fold_batch, padded, precision, rows
 
 LARGEST_HIDDEN = 512
 # Enough to occupy a GPU of 132 multiprocessors, and not so many that the parts cost more than they gain.
 PROGRAMS = 256
-COMBINE_ROWS = 256
+COMBINE_ROWS = 16
 
 
 def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor
         # As a sum over no rows, so that the gradients exist.
         return hidden.sum(1).float() + 0 * weight.sum(), answers
     loss, prediction, _ = torch.ops.zoo.answer_loss(hidden[None], weight[None], answers[None])
-    return loss[0], prediction[0]
+    return loss.squeeze(0), prediction.squeeze(0)
 
 
 @torch.library.custom_op("zoo::answer_loss", mutates_args=())
@@ -45,20 +45,20 @@ def _forward(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, T
     config = configured("answer_loss.forward", config_of, hidden)
     blocks = groups * triton.cdiv(M, config.chunk)
     steps, parts = _split(blocks, triton.cdiv(V, config.block))
-    sums = torch.empty(3, parts, groups, M, dtype=torch.float32, device=hidden.device)
+    largest, total = torch.empty(2, parts, groups, M, dtype=torch.float32, device=hidden.device)
     best = torch.empty(parts, groups, M, dtype=torch.int32, device=hidden.device)
-    answers = answers.contiguous()
+    strides = (*hidden.stride()[:2], *weight.stride()[:2])
     kernels.forward_kernel[(blocks * parts,)](
-        hidden, weight, answers, *sums, best, M, V, groups * M, steps, parts,
-        *hidden.stride()[:2], *weight.stride()[:2],
-        D=D, BLOCK_D=padded(D), ROWS=config.chunk, COLUMNS=config.block, PRECISION=_precision(hidden),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        hidden, weight, largest, total, best, M, V, groups * M, steps, parts, *strides,
+        D=D, BLOCK_D=padded(D), ROWS=config.chunk, COLUMNS=config.block, EVEN=V % config.block == 0,
+        PRECISION=precision(hidden), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     loss, log_sum = (torch.empty(groups, M, dtype=torch.float32, device=hidden.device) for _ in range(2))
-    prediction = torch.empty_like(answers)
+    prediction = torch.empty_like(answers, memory_format=torch.contiguous_format)
     kernels.combine_kernel[(triton.cdiv(groups * M, COMBINE_ROWS),)](
-        *sums, best, answers, loss, log_sum, prediction, groups * M, parts, BLOCK=COMBINE_ROWS
-    )
+        hidden, weight, largest, total, best, answers.contiguous(), loss, log_sum, prediction, M, groups * M, parts,
+        *strides, D=D, BLOCK_D=padded(D), ROWS=COMBINE_ROWS,
+    )  # fmt: skip
     return loss, prediction, log_sum
 
 
@@ -86,7 +86,7 @@ def _backward(hidden: Tensor, weight: Tensor, answers: Tensor, log_sum: Tensor, 
     kernels.backward_kernel[(groups * (hidden_blocks * hidden_parts + weight_blocks * weight_parts),)](
         hidden, head, answers.contiguous(), log_sum, dloss.contiguous(), dhidden, dweight, M, V, groups,
         hidden_steps, hidden_parts, weight_steps, weight_parts, *hidden.stride()[:2], *head.stride()[:2],
-        D=D, BLOCK_D=padded(D), ROWS=config.chunk, COLUMNS=config.block, PRECISION=_precision(hidden),
+        D=D, BLOCK_D=padded(D), ROWS=config.chunk, COLUMNS=config.block, PRECISION=precision(hidden),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return _sum(dhidden, hidden), _sum(dweight, weight)
@@ -117,8 +117,9 @@ def config_of(hidden: Tensor) -> Config:
     widest = padded(hidden.shape[-1])
     if hidden.dtype == torch.float32:
         return Config(chunk=32, block=32, num_warps=4, num_stages=1)
-    # Fewer than 64 rows for 4 warps: more are miscompiled in places on Hopper.
-    return Config(chunk=32, block=128 if widest <= 128 else 64, num_warps=4, num_stages=3 if widest <= 128 else 2)
+    if widest <= 128:
+        return Config(chunk=64, block=128, num_warps=4, num_stages=3)
+    return Config(chunk=64, block=64, num_warps=4 if widest <= 256 else 8, num_stages=2)
 
 
 def _split(blocks: int, steps: int) -> tuple[int, int]:
@@ -129,8 +130,3 @@ def _split(blocks: int, steps: int) -> tuple[int, int]:
 
 def _sum(parts: Tensor, like: Tensor) -> Tensor:
     return parts.squeeze(0) if len(parts) == 1 else parts.sum(0).to(like.dtype)
-
-
-def _precision(x: Tensor) -> str:
-    """Three tf32 products are as good as one in fp32; 16-bit operands have nothing to lose."""
-    return "tf32x3" if x.dtype == torch.float32 else "tf32"

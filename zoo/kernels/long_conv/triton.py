@@ -126,7 +126,7 @@ def convolve_config(x: Tensor) -> Config:
     """chunk: times of a block; block: sequences, the rows of the product."""
     if x.dtype == torch.float32:
         return Config(chunk=32, block=32, num_warps=4, num_stages=1)
-    return Config(chunk=64, block=32, num_warps=4, num_stages=2)
+    return Config(chunk=64, block=128, num_warps=8, num_stages=2)
 
 
 def pairs_config(x: Tensor) -> Config:

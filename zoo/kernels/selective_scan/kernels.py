@@ -1,16 +1,17 @@
 """One program a sequence and block of channels walks time with the states of its channels in registers.
 
-A tile of states is (ROWS, N, LANES) for the channels row * LANES + lane. With 8 lanes the 32 threads of a warp are 4
-states of 8 channels each: sums over the states (y, dx, ddt) and over the channels (dB, dC) both take few exchanges
-between threads.
+A tile of states is (LANES, NT, NK, NI, ROWS): channel lane * ROWS + row, state nt * NI + ni. What has no state axis is loaded
+as (LANES, NT, ROWS), what has no channel axis as (LANES, NT, NK, NI), so that each thread loads what it needs itself and
+nothing is exchanged but the sums: over the states y, dx and ddt, over the channels dB and dC. With 8 lanes and NT = 4
+these take the fewest exchanges.
 
 With a_t = exp(dt_t A) and G_t = dL/dh_t,
 
     h_t = a_t h_{t-1} + dt_t B_t x_t         y_t = C_t . h_t + D x_t
     G_t = a_{t+1} G_{t+1} + C_t dy_t         dA = sum_t dt_t (a_t h_{t-1} G_t)
 
-The forward keeps the state before each chunk of steps. The backward makes those within a chunk from it, holds them in
-registers, and walks the chunk back.
+The forward keeps the state before each chunk of S steps. The backward makes those within a chunk from it, holds them in
+registers, and walks the chunk back. Both load a chunk or a step ahead of its use.
 """
 
 from __future__ import annotations
@@ -22,87 +23,154 @@ from zoo.kernels.tiles import LOG2E
 
 
 @triton.jit
-def load_channels(x, d, end):
-    """(ROWS, LANES), zeros from channel `end` on."""
-    return tl.load(x + d, mask=d < end, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_states(M, n, end):
-    """(1, N, 1), what all channels share; zeros from state `end` on."""
-    return tl.load(M + n, mask=n < end, other=0.0).to(tl.float32)[None, :, None]
-
-
-@triton.jit
-def indices(D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """The channels and states of this program, where they lie in (D, N), which of them there are; the sequence."""
+def indices(
+    D: tl.constexpr, N: tl.constexpr,
+    NT: tl.constexpr, NK: tl.constexpr, NI: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The block, the sequence; channels; states; where both lie in (D, N), and which of them there are."""
     blocks: tl.constexpr = (D + ROWS * LANES - 1) // (ROWS * LANES)
     block = tl.program_id(0) % blocks
     b = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    d = (block * ROWS + tl.arange(0, ROWS)[:, None]) * LANES + tl.arange(0, LANES)[None, :]
-    n = tl.arange(0, BLOCK_N)
-    state = d[:, None, :] * N + n[None, :, None]
-    inside = (d < D)[:, None, :] & (n < N)[None, :, None]
-    return b, block, d, n, state, inside
+    lane = tl.arange(0, LANES)[:, None, None]
+    d = (block * LANES + lane) * ROWS + tl.arange(0, ROWS)[None, None, :]
+    d = tl.broadcast_to(d, (LANES, NT, ROWS))
+    n = tl.arange(0, NT)[:, None, None] * NK + tl.arange(0, NK)[None, :, None]
+    n = tl.broadcast_to((n * NI + tl.arange(0, NI)[None, None, :])[None], (LANES, NT, NK, NI))
+    inside = (d < D)[:, :, None, None, :] & (n < N)[:, :, :, :, None]
+    return block, b, d, n, d[:, :, None, None, :] * N + n[:, :, :, :, None], inside
+
+
+@triton.jit
+def load_step(x, index, live, size: tl.constexpr):
+    """Zeros where not `live` and from `size` on."""
+    return tl.load(x + index, mask=index < tl.where(live, size, 0), other=0.0)
+
+
+@triton.jit
+def load_steps(x, stride, index, start, T, S: tl.constexpr, size: tl.constexpr, BY_STEP: tl.constexpr):
+    """A tuple of steps start, ..., start + S - 1."""
+    at = x + tl.cast(start, tl.int64) * stride * BY_STEP
+    steps = (load_step(at, index, start < T, size),)
+    if BY_STEP:
+        for i in tl.static_range(1, S):
+            steps = steps + (load_step(at + i * stride, index, start + i < T, size),)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no star
+    return steps
+
+
+@triton.jit
+def step_of(steps, i: tl.constexpr, BY_STEP: tl.constexpr):
+    return steps[i if BY_STEP else 0].to(tl.float32)
+
+
+@triton.jit
+def states_of(steps, i: tl.constexpr, BY_STEP: tl.constexpr):
+    """(LANES, NT, NK, NI, 1), what all channels share; or the same at each step, (LANES, NT, NK, NI, ROWS)."""
+    return steps[i].to(tl.float32)[:, :, :, :, None] if BY_STEP else steps[0].to(tl.float32)
+
+
+@triton.jit
+def load_shared(M, stride, n, start, state, inside, T, S: tl.constexpr, N: tl.constexpr, BY_STEP: tl.constexpr):
+    return load_steps(M, stride, n, start, T, S, N, True) if BY_STEP else (tl.load(M + state, mask=inside, other=0.0),)
+
+
+@triton.jit
+def load_step_back(
+    x, dt, B, C, z, dy, x_t, dt_t, B_t, C_t, z_t, dy_t, d, n, state, inside, t, T,
+    D: tl.constexpr, N: tl.constexpr,
+    DT_BY_STEP: tl.constexpr, B_BY_STEP: tl.constexpr, C_BY_STEP: tl.constexpr,
+):  # fmt: skip
+    """What one step of the way back needs."""
+    live = t < T
+    t = tl.cast(t, tl.int64)
+    return (
+        load_step(x + t * x_t, d, live, D),
+        load_step(dt + t * dt_t * DT_BY_STEP, d, live, D),
+        load_step(B + t * B_t, n, live, N) if B_BY_STEP else tl.load(B + state, mask=inside, other=0.0),
+        load_step(C + t * C_t, n, live, N) if C_BY_STEP else tl.load(C + state, mask=inside, other=0.0),
+        load_step(z + t * z_t, d, live, D),
+        load_step(dy + t * dy_t, d, live, D),
+    )
+
+
+@triton.jit
+def over_states(x):
+    """(LANES, NT, NK, NI, ROWS) -> (LANES, NT, ROWS), the sum over all states."""
+    sums = tl.sum(tl.sum(tl.sum(x, 3), 2), 1, keep_dims=True)
+    return tl.broadcast_to(sums, (x.shape[0], x.shape[1], x.shape[4]))
+
+
+@triton.jit
+def over_channels(x):
+    """(LANES, NT, NK, NI, ROWS) -> (LANES, NT, NK, NI), the sum over all channels."""
+    sums = tl.sum(tl.sum(x, 4), 0, keep_dims=True)
+    return tl.broadcast_to(sums, (x.shape[0], x.shape[1], x.shape[2], x.shape[3]))
 
 
 @triton.jit
 def forward_kernel(
     x, dt, A, B, C, skip, z, first, y, last, kept, T, per_group,
     x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t,
-    D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, S: tl.constexpr,
-    DT_BY_STEP: tl.constexpr, B_BY_STEP: tl.constexpr, C_BY_STEP: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, NK: tl.constexpr, NI: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, S: tl.constexpr, DT_BY_STEP: tl.constexpr, B_BY_STEP: tl.constexpr, C_BY_STEP: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_GATE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
     """kept (B, chunks, D, N): the state before each chunk of S steps."""
-    b, _, d, n, state, inside = indices(D, N, BLOCK_N, ROWS, LANES)
+    _, b, d, n, state, inside = indices(D, N, NT, NK, NI, ROWS, LANES)
     group = b // per_group
     x += b * x_b
     dt += b * dt_b if DT_BY_STEP else group * D
     B += b * B_b if B_BY_STEP else group * D * N
     C += b * C_b if C_BY_STEP else group * D * N
     z += b * z_b
-    y += b * T * D
+    y += b * T * D + d
+    # One of the threads that hold the same sums stores them.
+    storing = (tl.arange(0, NT) == 0)[None, :, None]
     kept += b * tl.cdiv(T, S) * D * N + state
     b_A = tl.load(A + group * D * N + state, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    b_dt = load_channels(dt, d, D)
-    if not B_BY_STEP:
-        b_B = tl.load(B + state, mask=inside, other=0.0).to(tl.float32)
-    if not C_BY_STEP:
-        b_C = tl.load(C + state, mask=inside, other=0.0).to(tl.float32)
     if HAS_SKIP:
-        b_skip = load_channels(skip + group * D, d, D)
-    h = tl.zeros((ROWS, BLOCK_N, LANES), tl.float32)
+        b_skip = tl.load(skip + group * D + d, mask=d < D, other=0.0).to(tl.float32)
+    h = tl.zeros((LANES, NT, NK, NI, ROWS), tl.float32)
     if HAS_FIRST:
         h = tl.load(first + b * D * N + state, mask=inside, other=0.0)
 
-    for t in range(T):
-        if KEEP:  # noqa: SIM102 - decided as the kernel is compiled
-            if t % S == 0:
-                tl.store(kept, h, mask=inside)
-                kept += D * N
-        b_x = load_channels(x, d, D)
+    xs = load_steps(x, x_t, d, 0, T, S, D, True)
+    dts = load_steps(dt, dt_t, d, 0, T, S, D, DT_BY_STEP)
+    Bs = load_shared(B, B_t, n, 0, state, inside, T, S, N, B_BY_STEP)
+    Cs = load_shared(C, C_t, n, 0, state, inside, T, S, N, C_BY_STEP)
+    zs = load_steps(z, z_t, d, 0, T, S, D, HAS_GATE)
+    for start in range(0, T, S):
+        if KEEP:
+            tl.store(kept, h, mask=inside)
+            kept += D * N
+        next_xs = load_steps(x, x_t, d, start + S, T, S, D, True)
+        next_dts, next_Bs, next_Cs, next_zs = dts, Bs, Cs, zs
         if DT_BY_STEP:
-            b_dt = load_channels(dt, d, D)
-            dt += dt_t
+            next_dts = load_steps(dt, dt_t, d, start + S, T, S, D, True)
         if B_BY_STEP:
-            b_B = load_states(B, n, N)
-            B += B_t
+            next_Bs = load_steps(B, B_t, n, start + S, T, S, N, True)
         if C_BY_STEP:
-            b_C = load_states(C, n, N)
-            C += C_t
-        h = tl.exp2(b_dt[:, None, :] * b_A) * h + (b_dt * b_x)[:, None, :] * b_B
-        b_y = tl.sum(h * b_C, 1)
-        if HAS_SKIP:
-            b_y += b_skip * b_x
+            next_Cs = load_steps(C, C_t, n, start + S, T, S, N, True)
         if HAS_GATE:
-            b_z = load_channels(z, d, D)
-            b_y *= b_z * tl.sigmoid(b_z)
-            z += z_t
-        tl.store(y + d, b_y.to(y.dtype.element_ty), mask=d < D)
-        x += x_t
-        y += D
+            next_zs = load_steps(z, z_t, d, start + S, T, S, D, True)
+        for i in tl.static_range(S):
+            b_x, b_dt = step_of(xs, i, True), step_of(dts, i, DT_BY_STEP)
+            before = h
+            h = tl.exp2(b_dt[:, :, None, None, :] * b_A) * h + (b_dt * b_x)[:, :, None, None, :] * states_of(
+                Bs, i, B_BY_STEP
+            )
+            if HAS_LAST and not DT_BY_STEP:
+                # Past the end x is zero, and dt as well if it is loaded.
+                h = tl.where(start + i < T, h, before)
+            b_y = over_states(h * states_of(Cs, i, C_BY_STEP))
+            if HAS_SKIP:
+                b_y += b_skip * b_x
+            if HAS_GATE:
+                b_z = step_of(zs, i, True)
+                b_y *= b_z * tl.sigmoid(b_z)
+            tl.store(y + i * D, b_y.to(y.dtype.element_ty), mask=storing & (d < tl.where(start + i < T, D, 0)))
+        y += S * D
+        xs, dts, Bs, Cs, zs = next_xs, next_dts, next_Bs, next_Cs, next_zs
     if HAS_LAST:
         tl.store(last + b * D * N + state, h, mask=inside)
 
@@ -111,14 +179,14 @@ def forward_kernel(
 def backward_kernel(
     x, dt, A, B, C, skip, z, kept, dy, dlast, dx, ddt, dA, dB, dC, dskip, dz, dfirst, T, per_group, part,
     x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t,
-    D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, S: tl.constexpr,
-    DT_BY_STEP: tl.constexpr, B_BY_STEP: tl.constexpr, C_BY_STEP: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, NK: tl.constexpr, NI: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, S: tl.constexpr, DT_BY_STEP: tl.constexpr, B_BY_STEP: tl.constexpr, C_BY_STEP: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_GATE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what sequences share are parts with a leading batch axis; dB and dC by step have one part of `part`
     elements, (B, T, N), for each block of channels.
     """
-    b, block, d, n, state, inside = indices(D, N, BLOCK_N, ROWS, LANES)
+    block, b, d, n, state, inside = indices(D, N, NT, NK, NI, ROWS, LANES)
     group = b // per_group
     x += b * x_b
     dt += b * dt_b if DT_BY_STEP else group * D
@@ -131,103 +199,109 @@ def backward_kernel(
     ddt += (b * T if DT_BY_STEP else b) * D + d
     dB += tl.cast(block, tl.int64) * part + b * T * N + n if B_BY_STEP else b * D * N + state
     dC += tl.cast(block, tl.int64) * part + b * T * N + n if C_BY_STEP else b * D * N + state
+    # One of the threads that hold the same sums stores them.
+    storing = (tl.arange(0, NT) == 0)[None, :, None]
+    storing_n = (tl.arange(0, LANES) == 0)[:, None, None, None]
     chunks = tl.cdiv(T, S)
     kept += b * chunks * D * N + state
     b_A = tl.load(A + group * D * N + state, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    b_dt = load_channels(dt, d, D)
-    b_dA = tl.zeros((ROWS, BLOCK_N, LANES), tl.float32)
+    b_dA = tl.zeros((LANES, NT, NK, NI, ROWS), tl.float32)
     if not DT_BY_STEP:
-        sum_ddt = tl.zeros((ROWS, LANES), tl.float32)
+        sum_ddt = tl.zeros((LANES, NT, ROWS), tl.float32)
     if not B_BY_STEP:
-        b_B = tl.load(B + state, mask=inside, other=0.0).to(tl.float32)
-        sum_dB = tl.zeros((ROWS, BLOCK_N, LANES), tl.float32)
+        sum_dB = tl.zeros((LANES, NT, NK, NI, ROWS), tl.float32)
     if not C_BY_STEP:
-        b_C = tl.load(C + state, mask=inside, other=0.0).to(tl.float32)
-        sum_dC = tl.zeros((ROWS, BLOCK_N, LANES), tl.float32)
+        sum_dC = tl.zeros((LANES, NT, NK, NI, ROWS), tl.float32)
     if HAS_SKIP:
-        b_skip = load_channels(skip + group * D, d, D)
-        sum_dskip = tl.zeros((ROWS, LANES), tl.float32)
+        b_skip = tl.load(skip + group * D + d, mask=d < D, other=0.0).to(tl.float32)
+        sum_dskip = tl.zeros((LANES, NT, ROWS), tl.float32)
     # a_{t+1} G_{t+1}
-    carry = tl.zeros((ROWS, BLOCK_N, LANES), tl.float32)
+    carry = tl.zeros((LANES, NT, NK, NI, ROWS), tl.float32)
     if HAS_LAST:
         carry = tl.load(dlast + b * D * N + state, mask=inside, other=0.0)
 
     for chunk in range(chunks):
-        start = tl.cast(chunks - 1 - chunk, tl.int64) * S
-        h = tl.load(kept + (start // S) * D * N, mask=inside, other=0.0)
+        start = (chunks - 1 - chunk) * S
+        h = tl.load(kept + tl.cast(chunks - 1 - chunk, tl.int64) * D * N, mask=inside, other=0.0)
+        xs = load_steps(x, x_t, d, start, T, S, D, True)
+        dts = load_steps(dt, dt_t, d, start, T, S, D, DT_BY_STEP)
+        Bs = load_shared(B, B_t, n, start, state, inside, T, S, N, B_BY_STEP)
+        ahead = load_step_back(
+            x, dt, B, C, z, dy, x_t, dt_t, B_t, C_t, z_t, dy_t, d, n, state, inside, start + S - 1, T,
+            D, N, DT_BY_STEP, B_BY_STEP, C_BY_STEP,
+        )  # fmt: skip
         states = (h,)
-        for i in tl.static_range(S - 1):
-            # Steps past the end load zeros. Where dt is not loaded, the way back leaves them out.
-            t = start + i
-            b_x = load_channels(x + t * x_t, d, tl.where(t < T, D, 0))
-            if DT_BY_STEP:
-                b_dt = load_channels(dt + t * dt_t, d, tl.where(t < T, D, 0))
-            if B_BY_STEP:
-                b_B = load_states(B + t * B_t, n, tl.where(t < T, N, 0))
-            h = tl.exp2(b_dt[:, None, :] * b_A) * h + (b_dt * b_x)[:, None, :] * b_B
-            states = states + (h,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no star
         for i in tl.static_range(S):
-            t = start + (S - 1 - i)
-            end = tl.where(t < T, D, 0)
-            states_end = tl.where(t < T, N, 0)
-            b_x = load_channels(x + t * x_t, d, end)
-            b_dy = load_channels(dy + t * dy_t, d, end)
-            if DT_BY_STEP:
-                b_dt = load_channels(dt + t * dt_t, d, end)
-            if B_BY_STEP:
-                b_B = load_states(B + t * B_t, n, states_end)
-            if C_BY_STEP:
-                b_C = load_states(C + t * C_t, n, states_end)
-            u = b_dt * b_x
-            a = tl.exp2(b_dt[:, None, :] * b_A)
-            decayed = a * states[S - 1 - i]
-            h = decayed + u[:, None, :] * b_B
+            b_dt = step_of(dts, i, DT_BY_STEP)
+            u = b_dt * step_of(xs, i, True)
+            h = tl.exp2(b_dt[:, :, None, None, :] * b_A) * h + u[:, :, None, None, :] * states_of(Bs, i, B_BY_STEP)
+            states = states + (h,)  # type: ignore[assignment]  # noqa: RUF005
+        for i in tl.static_range(S - 1, -1, -1):
+            live = start + i < T
+            end, end_n = tl.where(live, D, 0), tl.where(live, N, 0)
+            r_x, r_dt, r_B, r_C, r_z, r_dy = ahead
+            if i > 0:
+                ahead = load_step_back(
+                    x, dt, B, C, z, dy, x_t, dt_t, B_t, C_t, z_t, dy_t, d, n, state, inside, start + i - 1, T,
+                    D, N, DT_BY_STEP, B_BY_STEP, C_BY_STEP,
+                )  # fmt: skip
+            b_x, b_dt, b_dy = r_x.to(tl.float32), r_dt.to(tl.float32), r_dy.to(tl.float32)
+            b_B = states_of((r_B,), 0, B_BY_STEP)
+            b_C = states_of((r_C,), 0, C_BY_STEP)
             if HAS_GATE:
-                b_z = load_channels(z + t * z_t, d, end)
+                b_z = r_z.to(tl.float32)
                 gate = tl.sigmoid(b_z)
-                b_y = tl.sum(h * b_C, 1)
+                b_y = over_states(states[i + 1] * b_C)
                 if HAS_SKIP:
                     b_y += b_skip * b_x
                 b_dz = b_dy * b_y * gate * (1 + b_z * (1 - gate))
-                tl.store(dz + t * D, b_dz.to(dz.dtype.element_ty), mask=d < end)
+                tl.store(dz + tl.cast(start + i, tl.int64) * D, b_dz.to(dz.dtype.element_ty), mask=storing & (d < end))
                 b_dy *= b_z * gate
-            G = carry + b_C * b_dy[:, None, :]
-            du = tl.sum(G * b_B, 1)
+            u = b_dt * b_x
+            G = carry + b_C * b_dy[:, :, None, None, :]
+            du = over_states(G * b_B)
+            if B_BY_STEP:
+                tl.store(
+                    dB + tl.cast(start + i, tl.int64) * N,
+                    over_channels(G * u[:, :, None, None, :]),
+                    mask=storing_n & (n < end_n),
+                )
+            else:
+                sum_dB += G * u[:, :, None, None, :]
+            if C_BY_STEP:
+                b_dC = over_channels(states[i + 1] * b_dy[:, :, None, None, :])
+                tl.store(dC + tl.cast(start + i, tl.int64) * N, b_dC, mask=storing_n & (n < end_n))
+            else:
+                sum_dC += states[i + 1] * b_dy[:, :, None, None, :]
             b_dx = b_dt * du
             if HAS_SKIP:
                 b_dx += b_skip * b_dy
                 sum_dskip += b_dy * b_x
-            tl.store(dx + t * D, b_dx.to(dx.dtype.element_ty), mask=d < end)
-            if B_BY_STEP:
-                b_dB = tl.sum(tl.sum(G * u[:, None, :], 2), 0)
-                tl.store(dB + t * N, b_dB, mask=n < states_end)
-            else:
-                sum_dB += G * u[:, None, :]
-            if C_BY_STEP:
-                b_dC = tl.sum(tl.sum(h * b_dy[:, None, :], 2), 0)
-                tl.store(dC + t * N, b_dC, mask=n < states_end)
-            else:
-                sum_dC += h * b_dy[:, None, :]
-            slope = decayed * G
+            tl.store(dx + tl.cast(start + i, tl.int64) * D, b_dx.to(dx.dtype.element_ty), mask=storing & (d < end))
+            decayed = tl.exp2(b_dt[:, :, None, None, :] * b_A) * G
+            slope = decayed * states[i]
             # 1 / LOG2E
-            b_ddt = tl.sum(slope * b_A, 1) * 0.6931471805599453 + du * b_x
+            b_ddt = over_states(slope * b_A) * 0.6931471805599453 + du * b_x
             if DT_BY_STEP:
-                b_dA += b_dt[:, None, :] * slope
-                tl.store(ddt + t * D, b_ddt.to(ddt.dtype.element_ty), mask=d < end)
-                carry = a * G
+                # Past the end dt is zero, and so the carry stays as it is.
+                b_dA += b_dt[:, :, None, None, :] * slope
+                tl.store(
+                    ddt + tl.cast(start + i, tl.int64) * D, b_ddt.to(ddt.dtype.element_ty), mask=storing & (d < end)
+                )
+                carry = decayed
             else:
-                sum_ddt += tl.where(t < T, b_ddt, 0.0)
-                b_dA += tl.where(t < T, b_dt[:, None, :] * slope, 0.0)
-                carry = tl.where(t < T, a * G, carry)
+                sum_ddt += tl.where(live, b_ddt, 0.0)
+                b_dA += tl.where(live, b_dt[:, :, None, None, :] * slope, 0.0)
+                carry = tl.where(live, decayed, carry)
 
     tl.store(dA + b * D * N + state, b_dA, mask=inside)
     if not DT_BY_STEP:
-        tl.store(ddt, sum_ddt, mask=d < D)
+        tl.store(ddt, sum_ddt, mask=storing & (d < D))
     if not B_BY_STEP:
         tl.store(dB, sum_dB, mask=inside)
     if not C_BY_STEP:
         tl.store(dC, sum_dC, mask=inside)
     if HAS_SKIP:
-        tl.store(dskip + b * D + d, sum_dskip, mask=d < D)
+        tl.store(dskip + b * D + d, sum_dskip, mask=storing & (d < D))
     if HAS_FIRST:
         tl.store(dfirst + b * D * N + state, carry, mask=inside)

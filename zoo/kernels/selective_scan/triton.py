@@ -16,7 +16,9 @@ from zoo.errors import UnsupportedError
 from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows
 from zoo.kernels.selective_scan import kernels
 
-LANES = 8
+# Threads of a warp side by side over channels; the others share a channel's states. More make the sums over states
+# cheaper, and those over channels, which only the backward has, dearer.
+FORWARD_LANES, BACKWARD_LANES = 16, 8
 LARGEST_STATE = 256
 
 
@@ -67,8 +69,8 @@ def _forward(
     A, D and, of dt, B and C, those that are not `by_step` have groups as their first axis.
     """
     batch, T, channels = x.shape
-    config = configured("selective_scan.forward", config_of, A)
-    tensors, strides, options = _prepared(x, dt, A, B, C, D, z, by_step, config)
+    config = configured("selective_scan.forward", config_of, A, FORWARD_LANES)
+    tensors, strides, options = _prepared(x, dt, A, B, C, D, z, by_step, FORWARD_LANES, config)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     last, kept = (
         torch.empty(shape, dtype=torch.float32, device=x.device) for shape in _state_shapes(x, A, return_state, keep)
@@ -117,8 +119,8 @@ def _backward(
     """Of x, dt, A, B, C, D, z and the initial state; those without an input have no elements."""
     batch, T, channels = x.shape
     groups, _, N = A.shape
-    config = configured("selective_scan.forward", config_of, A)
-    tensors, strides, options = _prepared(x, dt, A, B, C, D, z, by_step, config)
+    config = configured("selective_scan.forward", config_of, A, BACKWARD_LANES)
+    tensors, strides, options = _prepared(x, dt, A, B, C, D, z, by_step, BACKWARD_LANES, config)
     blocks = triton.cdiv(channels, config.block)
     dy = rows(dy)
     dx, dz = _empty_like(x, x), _empty_like(z, x)
@@ -190,11 +192,12 @@ fold_batch(_forward)
 fold_batch(_backward)
 
 
-def config_of(A: Tensor) -> Config:
-    """At most 16 states a thread of the one warp, and as many steps as keep the backward's states in registers."""
+def config_of(A: Tensor, lanes: int) -> Config:
+    """chunk: steps whose states the backward holds in registers; block: channels. About 16 states a thread."""
     n = triton.next_power_of_2(A.shape[-1])
-    groups_of_lanes = max(1, min(64 // n, triton.next_power_of_2(A.shape[-2]) // LANES))
-    return Config(chunk=8 if n <= 64 else 4, block=groups_of_lanes * LANES, num_warps=1 if n <= 64 else 4, num_stages=1)
+    num_warps = 1 if n <= 64 else 4
+    rows = max(1, min(4, 16 * 32 * num_warps // (lanes * n)))
+    return Config(chunk=4 if n <= 64 else 2, block=lanes * rows, num_warps=num_warps, num_stages=1)
 
 
 def _prepared(
@@ -206,14 +209,18 @@ def _prepared(
     D: Tensor | None,
     z: Tensor | None,
     by_step: list[bool],
+    lanes: int,
     config: Config,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
     """The inputs of both kernels, their strides over batch and time, and options."""
     x = rows(x)
     z = x if z is None else rows(z)
     dt, B, C = (rows(M) if steps else M.contiguous() for M, steps in zip((dt, B, C), by_step, strict=True))
-    options = {"D": x.shape[2], "N": A.shape[2], "BLOCK_N": triton.next_power_of_2(A.shape[2])}
-    options |= {"ROWS": config.block // LANES, "LANES": LANES, "S": config.chunk}
+    n = triton.next_power_of_2(A.shape[2])
+    threads = min(n, 32 * config.num_warps // lanes)
+    options = {"D": x.shape[2], "N": A.shape[2], "NT": threads}
+    options |= {"NI": min(4, n // threads), "NK": max(1, n // (4 * threads))}
+    options |= {"ROWS": config.block // lanes, "LANES": lanes, "S": config.chunk}
     options |= {"DT_BY_STEP": by_step[0], "B_BY_STEP": by_step[1], "C_BY_STEP": by_step[2]}
     options |= {"HAS_SKIP": D is not None, "HAS_GATE": z is not x}
     strides = tuple(stride for M in (x, dt, B, C, z) for stride in M.stride()[:2])
@@ -224,7 +231,7 @@ def _prepared(
 def _state_shapes(x: Tensor, A: Tensor, return_state: bool, keep: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     batch, T, D = x.shape
     N = A.shape[2]
-    chunks = triton.cdiv(T, configured("selective_scan.forward", config_of, A).chunk)
+    chunks = triton.cdiv(T, configured("selective_scan.forward", config_of, A, FORWARD_LANES).chunk)
     return (batch, D, N) if return_state else (batch, 0), (batch, chunks, D, N) if keep else (batch, 0)
 
 
