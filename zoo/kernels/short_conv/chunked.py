@@ -22,12 +22,12 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        T = x.shape[1]
-        tap, *earlier_taps = weight.flip(1).unbind(1)
-        y = x * tap if bias is None else torch.addcmul(bias, x, tap)
-        for j, tap in enumerate(earlier_taps[: T - 1], start=1):
-            y[:, j:].addcmul_(x[:, : T - j], tap)
-        return y
+        T, D = x.shape[1:]
+        rows, (tap, *earlier_taps) = x.flatten(1), _rows_of_taps(weight, T)
+        y = rows * tap if bias is None else torch.addcmul(bias.repeat(T), rows, tap)
+        for j, tap in enumerate(earlier_taps, start=1):
+            y[:, j * D :].addcmul_(rows[:, : (T - j) * D], tap[: (T - j) * D])
+        return y.view(x.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -38,13 +38,29 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        T = x.shape[1]
-        tap, *earlier_taps = weight.flip(1).unbind(1)
-        dx = dy * tap
-        for j, tap in enumerate(earlier_taps[: T - 1], start=1):
-            dx[:, : T - j].addcmul_(dy[:, j:], tap)
-        dtaps = [(dy[:, j:] * x[:, : max(T - j, 0)]).sum((0, 1)) for j in range(weight.shape[1])]
-        return dx, torch.stack(dtaps[::-1], dim=1), dy.sum((0, 1)) if ctx.has_bias else None
+        T, D = x.shape[1:]
+        rows, slopes, (tap, *earlier_taps) = x.flatten(1), dy.flatten(1), _rows_of_taps(weight, T)
+        dx = slopes * tap
+        dtaps = [_over_time(slopes * rows, D)]
+        for j, tap in enumerate(earlier_taps, start=1):
+            here, later = slice((T - j) * D), slice(j * D, None)
+            dx[:, here].addcmul_(slopes[:, later], tap[here])
+            dtaps.append(_over_time(slopes[:, later] * rows[:, here], D))
+        dtaps += [torch.zeros_like(dtaps[0])] * (weight.shape[1] - len(dtaps))
+        return dx.view(x.shape), torch.stack(dtaps[::-1], dim=1), _over_time(slopes, D) if ctx.has_bias else None
+
+
+def _rows_of_taps(weight: Tensor, T: int) -> tuple[Tensor, ...]:
+    """Each tap (T D), once for every token: the latest first, and no more of them than tokens.
+
+    So sequences are rows (B, T D), and a shift in time a slice of them: long, contiguous operations.
+    """
+    return weight.flip(1).T[:T].repeat(1, T).unbind(0)
+
+
+def _over_time(rows: Tensor, D: int) -> Tensor:
+    """(B, T D) summed over sequences and time: (D,)."""
+    return rows.sum(0).view(-1, D).sum(0)
 
 
 def short_conv(
