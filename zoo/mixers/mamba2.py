@@ -14,6 +14,7 @@ from zoo.kernels.activation import activation
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.linear_recurrence import linear_recurrence
+from zoo.kernels.shared_keys import shared_keys
 from zoo.kernels.short_conv import short_conv
 from zoo.mixers.base import LayerInfo
 from zoo.mixers.recurrent import RecurrentMixer
@@ -92,11 +93,8 @@ class Mamba2(RecurrentMixer):
         x = x.unflatten(-1, (H, -1))
         dt = activation(dt, self.dt_bias, "softplus")
         # The step multiplies B, which has fewer channels than x in all but the largest states.
-        k = B.unflatten(-1, (G, 1, N)) * dt.to(B.dtype).unflatten(-1, (G, -1, 1))
-        q = C.unflatten(-1, (G, 1, N)).expand_as(k)
-        y, ssm = linear_recurrence(
-            q.flatten(2, 3), k.flatten(2, 3), x, -dt * self.A_log.exp(), initial_state=ssm, return_state=return_state
-        )
+        q, k = shared_keys(C.unflatten(-1, (G, N)), B.unflatten(-1, (G, N)), dt)
+        y, ssm = linear_recurrence(q, k, x, -dt * self.A_log.exp(), initial_state=ssm, return_state=return_state)
         D = self.D[:, None].expand(-1, self.config.head_dim).reshape(G, -1)
         y, z, x = (t.flatten(2).unflatten(-1, (G, -1)) for t in (y, z, x))
         norm = self.norm_weight.view(G, -1)

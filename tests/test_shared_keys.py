@@ -1,0 +1,59 @@
+"""shared_keys: the parallel form and the fused kernels against the definition, alone and as a pack."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from triton_cases import inputs
+
+from zoo.errors import UnsupportedError
+from zoo.kernels.shared_keys import shared_keys
+from zoo.testing.ops import check_op
+from zoo.testing.tolerances import TOLERANCES
+
+FP32 = TOLERANCES["shared_keys"][torch.float32]
+SHAPES = {"C": "BTGN", "B": "BTGN", "dt": "BTH"}
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+@pytest.mark.parametrize(("T", "G", "H", "N"), [(9, 1, 4, 16), (17, 2, 6, 5), (1, 1, 1, 1)])
+def test_outputs_and_gradients(impl: str, T: int, G: int, H: int, N: int) -> None:
+    a = inputs(T, SHAPES, seed=1, B=2, G=G, H=H, N=N)
+    check_op(*(partial(shared_keys, impl=i) for i in ("reference", impl)), a, FP32)
+
+
+def test_several_blocks_of_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = pytest.importorskip("zoo.kernels.shared_keys.triton")
+    monkeypatch.setattr(fused, "config_of", lambda B: fused.Config(chunk=1, block=64, num_warps=4, num_stages=1))
+
+    def op(xBC: torch.Tensor, dt: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+        _, B, C = (y.unflatten(-1, (2, 8)) for y in xBC.split(16, dim=-1))
+        return shared_keys(C, B, dt, impl=impl)
+
+    a = inputs(13, {"xBC": "BTD", "dt": "BTH"}, B=2, D=48, H=4)
+    check_op(*(partial(op, impl=i) for i in ("reference", "triton")), a, FP32)
+
+
+def test_a_pack_is_one_call() -> None:
+    pytest.importorskip("triton")
+    a = inputs(5, {name: "P" + letters for name, letters in SHAPES.items()}, P=3, B=2, G=1, H=2, N=8)
+
+    def loop(**b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        each = [shared_keys(*row, impl="reference") for row in zip(*b.values(), strict=True)]
+        return tuple(torch.stack(column) for column in zip(*each, strict=True))
+
+    pack = lambda **b: torch.func.vmap(partial(shared_keys, impl="triton"))(*b.values())  # noqa: E731
+    check_op(loop, pack, a, FP32)
+
+
+def test_dtypes_and_what_does_not_fit() -> None:
+    a = {name: t.detach() for name, t in inputs(4, SHAPES, B=1, G=2, H=4, N=8).items()}
+    for impl in ("reference", "chunked", "triton"):
+        q, k = shared_keys(a["C"].half(), a["B"].bfloat16(), a["dt"], impl=impl)
+        assert (q.dtype, k.dtype) == (torch.float16, torch.bfloat16)
+    with pytest.raises(UnsupportedError, match="dt has shape"):
+        shared_keys(a["C"], a["B"], a["dt"][:, :3])
+    with pytest.raises(UnsupportedError, match="3 heads in 2 groups"):
+        shared_keys(a["C"], a["B"], a["dt"][..., :3])
