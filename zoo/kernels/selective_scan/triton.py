@@ -69,7 +69,7 @@ def _forward(
     A, D and, of dt, B and C, those that are not `by_step` have groups as their first axis.
     """
     batch, T, channels = x.shape
-    config = configured("selective_scan.forward", config_of, A, FORWARD_LANES)
+    config = configured("selective_scan.forward", config_of, A.shape[2], FORWARD_LANES)
     tensors, strides, options = _prepared(x, dt, A, B, C, D, z, by_step, FORWARD_LANES, config)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     last, kept = (
@@ -119,7 +119,7 @@ def _backward(
     """Of x, dt, A, B, C, D, z and the initial state; those without an input have no elements."""
     batch, T, channels = x.shape
     groups, _, N = A.shape
-    config = configured("selective_scan.forward", config_of, A, BACKWARD_LANES)
+    config = configured("selective_scan.forward", config_of, A.shape[2], BACKWARD_LANES)
     tensors, strides, options = _prepared(x, dt, A, B, C, D, z, by_step, BACKWARD_LANES, config)
     blocks = triton.cdiv(channels, config.block)
     dy = rows(dy)
@@ -192,12 +192,14 @@ fold_batch(_forward)
 fold_batch(_backward)
 
 
-def config_of(A: Tensor, lanes: int) -> Config:
-    """chunk: steps whose states the backward holds in registers; block: channels. About 16 states a thread."""
-    n = triton.next_power_of_2(A.shape[-1])
-    num_warps = 1 if n <= 64 else 4
-    rows = max(1, min(4, 16 * 32 * num_warps // (lanes * n)))
-    return Config(chunk=4 if n <= 64 else 2, block=lanes * rows, num_warps=num_warps, num_stages=1)
+def config_of(N: int, lanes: int) -> Config:
+    """chunk: steps whose states the backward holds in registers; block: channels. About 16 states a thread.
+
+    Comparisons are all that a symbolic N is put to.
+    """
+    num_warps = 1 if N <= 64 else 4
+    rows = next(rows for rows in (4, 2, 1) if rows == 1 or rows * lanes * N <= 16 * 32 * num_warps)
+    return Config(chunk=4 if N <= 64 else 2, block=lanes * rows, num_warps=num_warps, num_stages=1)
 
 
 def _prepared(
@@ -231,7 +233,7 @@ def _prepared(
 def _state_shapes(x: Tensor, A: Tensor, return_state: bool, keep: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     batch, T, D = x.shape
     N = A.shape[2]
-    chunks = triton.cdiv(T, configured("selective_scan.forward", config_of, A, FORWARD_LANES).chunk)
+    chunks = triton.cdiv(T, configured("selective_scan.forward", config_of, A.shape[2], FORWARD_LANES).chunk)
     return (batch, D, N) if return_state else (batch, 0), (batch, chunks, D, N) if keep else (batch, 0)
 
 
