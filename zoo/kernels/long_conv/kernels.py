@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def turn_kernel(
-    x, gate, dy, out, dgate, T, x_b, x_t, gate_b, gate_t, dy_b, dy_t,
+    x, gate, dy, out, dgate, T, turned_d, x_b, x_t, gate_b, gate_t, dy_b, dy_t,
     D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
     TO_TIME: tl.constexpr, GATED: tl.constexpr, GATE_GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +31,7 @@ def turn_kernel(
     t = tl.program_id(0) // blocks % chunks * C + tl.cast(tl.arange(0, C), tl.int64)
     b = tl.cast(tl.program_id(0) // (blocks * chunks), tl.int64)
     inside = (t < T)[:, None] & (d < D)[None, :]
-    turned = b * T * D + d[:, None] * tl.cast(T, tl.int64) + t[None, :]
+    turned = (b * D + d[:, None]) * turned_d + t[None, :]
     turned_inside = (d < D)[:, None] & (t < T)[None, :]
     straight = b * T * D + t[:, None] * D + d[None, :]
     if GATE_GRADIENT or not TO_TIME:

@@ -1,4 +1,4 @@
-"""Up to LONGEST inputs: products with a Toeplitz matrix that exists a tile at a time; beyond: the Fourier transform.
+"""Products with a Toeplitz matrix that exists a tile at a time; for long or few sequences the Fourier transform.
 
 Every tensor of the custom ops has the batch, or the groups that divide the batch evenly and have kernels of their own,
 as its first axis. u, y and the gate are (B, T, D); what the ops keep between them has time last.
@@ -9,55 +9,52 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows
+from zoo.kernels.launch import Config, check_launch, configured, fold_batch, precision, rows
 from zoo.kernels.long_conv import kernels
 
-LONGEST = 2048
+LONGEST = 4096
+# Sequences that the direct form takes the time of at least, however few there are.
+FEWEST_SEQUENCES = 32
 PROGRAMS = 256
 
 
 def long_conv(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, past: Tensor | None) -> Tensor:
     check_launch("long_conv", u, kernel, skip, gate, past)
-    T = u.shape[1]
     seen = u if past is None else torch.cat([past.to(u.dtype), u], dim=1)
     kernel = kernel[:, : seen.shape[1]]
-    if seen.shape[1] > LONGEST:
-        return _fourier(seen, kernel, T, u, skip, gate)
     skip = None if skip is None else skip[None]
-    return torch.ops.zoo.long_conv(seen, kernel[None], skip, gate, T)[0]
-
-
-def _fourier(seen: Tensor, kernel: Tensor, T: int, u: Tensor, skip: Tensor | None, gate: Tensor | None) -> Tensor:
-    n = seen.shape[1] + kernel.shape[1]
-    product = torch.fft.rfft(seen.float().mT, n=n) * torch.fft.rfft(kernel.float(), n=n)
-    y = torch.fft.irfft(product, n=n)[..., seen.shape[1] - T : seen.shape[1]].mT
-    if skip is not None:
-        y = torch.addcmul(y, u.float(), skip.float())
-    return (y if gate is None else y * gate.float()).to(u.dtype)
+    return torch.ops.zoo.long_conv(seen, kernel[None], skip, gate, u.shape[1])[0]
 
 
 @torch.library.custom_op("zoo::long_conv", mutates_args=())
 def _forward(
     u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, T: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The last T outputs (B, T, D); u, and these outputs before the gate, with time last."""
+    """The last T outputs (B, T, D); with time last, u and, for a gate's gradient, these outputs before the gate."""
     B, seen, D = u.shape
-    u = rows(u)
-    turned, ungated = u.new_empty(B, D, seen), u.new_empty(B, D, T)
+    turned = u.new_empty(B, D, seen, dtype=u.dtype if _direct(u, kernel) else torch.float32)
     y = u.new_empty(B, T, D)
-    _turn(u, turned, seen, to_time=True)
-    _convolve(turned, kernel, skip, ungated, seen - T, reverse=False)
+    _turn(rows(u), turned, seen, to_time=True)
+    if _direct(u, kernel):
+        ungated = u.new_empty(B, D, T)
+        _convolve(turned, kernel, skip, ungated, seen - T, reverse=False)
+    else:
+        n = triton.next_power_of_2(seen + kernel.shape[2] - 1)
+        product = _grouped(torch.fft.rfft(turned, n=n), kernel) * _spectrum(kernel, skip, n)
+        ungated = torch.fft.irfft(product, n=n)[..., seen - T : seen].flatten(0, 1)
     _turn(ungated, y, T, gate=gate)
-    return y, turned, ungated
+    return y, turned, u.new_empty(B, 0, 0) if gate is None else ungated.to(u.dtype).contiguous()
 
 
 @_forward.register_fake
 def _(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, T: int) -> tuple[Tensor, Tensor, Tensor]:
     B, seen, D = u.shape
-    return u.new_empty(B, T, D), u.new_empty(B, D, seen), u.new_empty(B, D, T)
+    turned = u.new_empty(B, D, seen, dtype=u.dtype if _direct(u, kernel) else torch.float32)
+    return u.new_empty(B, T, D), turned, u.new_empty(B, 0, 0) if gate is None else u.new_empty(B, D, T)
 
 
 @torch.library.custom_op("zoo::long_conv_backward", mutates_args=())
@@ -71,7 +68,14 @@ def _backward(
     dturned = turned.new_empty(B, D, T)
     dgate = dy.new_empty(B, 0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
     _turn(rows(dy) if gate is None else ungated, dturned, T, gate=gate, dy=dy, dgate=dgate, to_time=True)
-    du = turned.new_empty(B, seen, D)
+    du = dy.new_empty(B, seen, D)
+    if not _direct(du, kernel):
+        n = triton.next_power_of_2(seen + L - 1)
+        spectrum = _grouped(torch.fft.rfft(F.pad(dturned, (seen - T, 0)), n=n), kernel)
+        du_turned = torch.fft.irfft(spectrum * _spectrum(kernel, skip, n).conj(), n=n)[..., :seen].flatten(0, 1)
+        _turn(du_turned, du, seen)
+        product = spectrum * _grouped(torch.fft.rfft(turned, n=n), kernel).conj()
+        return du, torch.fft.irfft(product.sum(1), n=n)[..., :L].contiguous(), dgate
     du_turned = torch.empty_like(turned)
     _convolve(dturned, kernel, skip, du_turned, seen - T, reverse=True)
     _turn(du_turned, du, seen)
@@ -85,7 +89,7 @@ def _backward(
     pairs = torch.empty(groups, D, distances, parts, C, C, dtype=torch.float32, device=dy.device)
     kernels.pairs_kernel[(groups * D * distances * parts,)](
         dturned, turned, pairs, T, seen, seen - T, B // groups, distances, parts, steps,
-        D=D, ROWS=config.block, C=C, PRECISION=_precision(turned),
+        D=D, ROWS=config.block, C=C, PRECISION=precision(turned),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     dkernel = torch.empty(groups, D, L, dtype=torch.float32, device=dy.device)
@@ -99,7 +103,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, D, seen = turned.shape
     dgate = dy.new_empty(B, 0) if gate is None else gate.new_empty(gate.shape)
-    return turned.new_empty(B, seen, D), kernel.new_empty(kernel.shape, dtype=torch.float32), dgate
+    return dy.new_empty(B, seen, D), kernel.new_empty(kernel.shape, dtype=torch.float32), dgate
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -120,6 +124,25 @@ def _gradients(ctx: Any, dy: Tensor | None, *unused: None) -> tuple[Tensor | Non
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 fold_batch(_forward)
 fold_batch(_backward)
+
+
+def _direct(u: Tensor, kernel: Tensor) -> bool:
+    """Whether a product with a Toeplitz matrix is faster: for short sequences, or longer ones if there are many."""
+    batch, seen = u.shape[0] // kernel.shape[0], u.shape[1]
+    return seen <= LONGEST and seen <= 16 * max(batch, FEWEST_SEQUENCES)
+
+
+def _grouped(x: Tensor, kernel: Tensor) -> Tensor:
+    """(B, ...) -> (groups, B / groups, ...)."""
+    return x.unflatten(0, (len(kernel), -1))
+
+
+def _spectrum(kernel: Tensor, skip: Tensor | None, n: int) -> Tensor:
+    """Of kernel (groups, D, L) with the skip in its first tap: (groups, 1, D, n / 2 + 1)."""
+    kernel = kernel.float()
+    if skip is not None:
+        kernel = torch.cat([kernel[..., :1] + skip.float()[..., None], kernel[..., 1:]], dim=-1)
+    return torch.fft.rfft(kernel, n=n)[:, None]
 
 
 def convolve_config(x: Tensor) -> Config:
@@ -150,12 +173,13 @@ def _turn(
     to_time: bool = False,
 ) -> None:
     """Between (B, T, D) and (B, D, T), as `kernels.turn_kernel` has it."""
-    D = out.shape[1] if to_time else out.shape[2]
+    turned, D = (out if to_time or dgate is not None else x), (out.shape[1] if to_time else out.shape[2])
     gated = gate is not None
     gate, dy = (x if M is None else rows(M) for M in (gate, dy))
     config = configured("long_conv.turn", turn_config, x)
     kernels.turn_kernel[(len(x) * triton.cdiv(T, config.chunk) * triton.cdiv(D, config.block),)](
-        x, gate, dy, out, out if dgate is None else dgate, T, *x.stride()[:2], *gate.stride()[:2], *dy.stride()[:2],
+        x, gate, dy, out, out if dgate is None else dgate, T, turned.stride(1),
+        *x.stride()[:2], *gate.stride()[:2], *dy.stride()[:2],
         D=D, C=config.chunk, BLOCK=config.block, TO_TIME=to_time, GATED=gated,
         GATE_GRADIENT=gated and dgate is not None, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -169,11 +193,6 @@ def _convolve(x: Tensor, kernel: Tensor, skip: Tensor | None, out: Tensor, past:
     kernels.convolve_kernel[(B // batch * D * triton.cdiv(batch, config.block) * triton.cdiv(Y, config.chunk),)](
         x, kernel, x if skip is None else skip.contiguous(), out, x.shape[2], Y, kernel.shape[2], past, batch,
         *kernel.stride()[:2],
-        D=D, ROWS=config.block, C=config.chunk, REVERSE=reverse, HAS_SKIP=skip is not None, PRECISION=_precision(x),
+        D=D, ROWS=config.block, C=config.chunk, REVERSE=reverse, HAS_SKIP=skip is not None, PRECISION=precision(x),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-
-
-def _precision(x: Tensor) -> str:
-    """Three tf32 products are as good as one in fp32; 16-bit operands have nothing to lose."""
-    return "tf32x3" if x.dtype == torch.float32 else "tf32"
