@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 
+from tests.triton_cases import count_launches
 from zoo.errors import UnsupportedError
 from zoo.kernels.answer_loss import answer_loss
 from zoo.testing.ops import check_op
@@ -94,7 +95,9 @@ def test_a_sound_custom_op():
     torch.library.opcheck(fused_module._forward, (hidden, weight, answers[None]))
 
 
-def test_vmap_over_a_pack_of_models():
+def test_vmap_over_a_pack_of_models(monkeypatch):
+    launches = count_launches(monkeypatch, fused_module.kernels)
+
     def run(hidden, weight, answers):
         return answer_loss(hidden, weight, answers, impl="triton").loss
 
@@ -102,6 +105,7 @@ def test_vmap_over_a_pack_of_models():
     stacked = [torch.stack(x).detach() for x in zip(*packs, strict=True)]
     leaves = [x.requires_grad_() for x in stacked[:2]]
     together = torch.autograd.grad(torch.func.vmap(run)(*stacked).square().sum(), leaves)
+    assert launches == {"forward_kernel": 1, "combine_kernel": 1, "backward_kernel": 1}
     for i, pack in enumerate(packs):
         for got, want in zip(together, torch.autograd.grad(run(*pack).square().sum(), pack[:2]), strict=True):
             torch.testing.assert_close(got[i], want)

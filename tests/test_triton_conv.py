@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.triton_cases import LENGTHS, inputs
+from tests.triton_cases import LENGTHS, count_launches, inputs
 from zoo.kernels.launch import Config
 from zoo.kernels.long_conv import long_conv
 from zoo.kernels.short_conv import short_conv
@@ -77,8 +77,9 @@ def test_short_conv_is_a_sound_custom_op():
         torch.library.opcheck(short_triton._forward, (x, weight, *extra))
 
 
-def test_short_conv_under_vmap():
-    """A pack of models, each with weights of its own."""
+def test_short_conv_under_vmap(monkeypatch):
+    """A pack of models, each with weights of its own, in as many launches as one."""
+    launches = count_launches(monkeypatch, short_triton.kernels)
 
     def run(x, weight, bias):
         return short_fused(x, weight, bias, "silu", return_state=False)[0]
@@ -86,6 +87,7 @@ def test_short_conv_under_vmap():
     packs = [list(short_inputs(9, seed=seed, without=("initial_state",)).values()) for seed in (0, 1)]
     stacked = [torch.stack(x).detach().requires_grad_() for x in zip(*packs, strict=True)]
     together = torch.autograd.grad(torch.func.vmap(run)(*stacked).square().sum(), stacked)
+    assert launches == {"forward_kernel": 1, "backward_kernel": 1, "sum_kernel": 1}
     for i, pack in enumerate(packs):
         for got, want in zip(together, torch.autograd.grad(run(*pack).square().sum(), pack), strict=True):
             torch.testing.assert_close(got[i], want)
@@ -137,10 +139,15 @@ def test_long_conv_is_a_sound_custom_op():
         torch.library.opcheck(long_triton._forward, (u, kernel, *extra))
 
 
-def test_long_conv_under_vmap():
+@pytest.mark.parametrize("longest", [4096, 4], ids=["direct", "fourier"])
+def test_long_conv_under_vmap(longest, monkeypatch):
+    monkeypatch.setattr(long_triton, "LONGEST", longest)
+    launches = count_launches(monkeypatch, long_triton.kernels)
     packs = [list(long_inputs(9, seed=seed, without=("past",)).values()) for seed in (0, 1)]
     stacked = [torch.stack(x).detach().requires_grad_() for x in zip(*packs, strict=True)]
     together = torch.autograd.grad(torch.func.vmap(long_fused)(*stacked).square().sum(), stacked)
+    products = {"convolve_kernel": 2, "pairs_kernel": 1, "diagonals_kernel": 1}
+    assert launches == {"turn_kernel": 4} | (products if longest > 9 else {})
     for i, pack in enumerate(packs):
         for got, want in zip(together, torch.autograd.grad(long_fused(*pack).square().sum(), pack), strict=True):
             torch.testing.assert_close(got[i], want)

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.triton_cases import EXTREME_DECAYS, LENGTHS, inputs
+from tests.triton_cases import EXTREME_DECAYS, LENGTHS, count_launches, inputs
 from zoo.kernels.selective_scan import selective_scan
 from zoo.testing.ops import check_op
 from zoo.testing.tolerances import TOLERANCES
@@ -75,7 +75,8 @@ def test_a_sound_custom_op(without):
 
 
 @pytest.mark.parametrize("shapes", [MAMBA, S4D], ids=["mamba", "s4d"])
-def test_vmap_over_a_pack_of_models(shapes):
+def test_vmap_over_a_pack_of_models(shapes, monkeypatch):
+    launches = count_launches(monkeypatch, fused_module.kernels)
     names = [name for name in shapes if name != "initial_state"]
 
     def run(*tensors):
@@ -87,6 +88,7 @@ def test_vmap_over_a_pack_of_models(shapes):
     packs = [arguments(3, shapes, D=3, N=2, seed=seed) for seed in (0, 1)]
     stacked = [torch.stack([pack[n] for pack in packs]).detach().requires_grad_() for n in names]
     together = gradients(*torch.func.vmap(run)(*stacked), stacked)
+    assert launches == {"forward_kernel": 1, "backward_kernel": 1}
     for i, pack in enumerate(packs):
         alone = [pack[n] for n in names]
         for got, want in zip(together, gradients(*run(*alone), alone), strict=True):

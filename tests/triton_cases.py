@@ -8,8 +8,12 @@ A test of an op makes inputs with `inputs` and hands them to `zoo.testing.ops.ch
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -38,3 +42,20 @@ def decays(*shape: int, extreme: float | None = None, seed: int = 0) -> Tensor:
         return torch.full(shape, extreme).requires_grad_()
     g = -(20.0 * 10 ** (-7.3 * torch.rand(shape, generator=draw)))
     return torch.where(torch.rand(shape, generator=draw) < 0.1, 0.0, g).requires_grad_()
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch, kernels: ModuleType) -> Counter[str]:
+    """How often each kernel of the module is launched from now on."""
+    launches: Counter[str] = Counter()
+
+    class Counted:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            launches[self.name] += 1
+            return self.kernel[grid]
+
+    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+        monkeypatch.setattr(kernels, name, Counted(name, getattr(kernels, name)))
+    return launches
