@@ -1,4 +1,5 @@
-"""`generalized_delta_rule`: the custom ops around `channel_kernels`. The batch comes first."""
+"""`generalized_delta_rule`, and `delta_rule` where each channel decays: the custom ops around `channel_kernels`. The
+batch comes first."""
 
 from __future__ import annotations
 
@@ -21,36 +22,40 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    a: Tensor,
-    b: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    beta: Tensor | None,
     decay: Tensor,
     initial_state: Tensor | None,
     min_decay: float | None,
     return_state: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the last state, and what the gradients need: u, the states before the chunks, the decayed q, b and k, and W,
-    squares and totals of `walks.Chunks`. Without return_state or keep these have no elements."""
-    q, k, v, a, b = rows(q), rows(k), rows(v), rows(a), rows(b)
+    squares, since and totals of `walks.Chunks`. Without return_state or keep these have no elements. Instead of a and b
+    beta makes it the delta rule."""
+    delta = beta is not None
+    q, k, v, a, b, beta, strides = _given(q, k, v, a, b, beta)
     B, T, H, K = q.shape
     V = v.shape[-1]
     decayed, *memory = _memory(q, v, min_decay)
     chunks = _chunks(q, *memory)
     C = chunks.squares.shape[-1]
+    bounded = _bounded(q, min_decay, C)
     U = q.new_empty(B, H, T, V)
-    config = configured("generalized_delta_rule.prepare", chunk_config, q, v)
+    config = configured("generalized_delta_rule.prepare", prepare_config, q, v)
     channel_kernels.prepare_kernel[(B * H * triton.cdiv(T, C),)](
-        q, k, v, a, b, decay, decayed, chunks.W, U, chunks.squares, chunks.totals, T, H,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *a.stride()[:3], *b.stride()[:3], *decay.stride(),
+        q, k, v, a, b, beta, decay, decayed, chunks.since, chunks.W, U, chunks.squares, chunks.totals, T, H,
+        *strides, *decay.stride(),
         K=K, V=V, BLOCK_K=padded(K), BLOCK_V=padded(V), C=C, HALVINGS=C.bit_length() - 1,
-        BOUNDED=_bounded(q, min_decay, C), PRECISION=precision(q),
+        BOUNDED=bounded, DELTA=delta, PRECISION=precision(q),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     results = walks.forward(
         "generalized_delta_rule", *_walked(decayed), v, U, chunks, initial_state, decays=True, channels=True,
-        return_state=return_state, keep=keep,
+        bounded=bounded, return_state=return_state, keep=keep,
     )  # fmt: skip
-    return *results, *((decayed, *memory) if keep else (q.new_empty(B, 0) for _ in range(4)))
+    return *results, *((decayed, *memory) if keep else (q.new_empty(B, 0) for _ in range(5)))
 
 
 @forward.register_fake
@@ -58,14 +63,15 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    a: Tensor,
-    b: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    beta: Tensor | None,
     decay: Tensor,
     initial_state: Tensor | None,
     min_decay: float | None,
     return_state: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     memory = _memory(q, v, min_decay)
     results = walks.results(q, v, memory[2].shape[-1], return_state, keep)
     return *results, *(memory if keep else (q.new_empty(q.shape[0], 0) for _ in memory))
@@ -76,8 +82,9 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    a: Tensor,
-    b: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    beta: Tensor | None,
     decay: Tensor,
     initial_state: Tensor | None,
     u: Tensor,
@@ -85,36 +92,41 @@ def backward(
     decayed: Tensor,
     W: Tensor,
     squares: Tensor,
+    since: Tensor,
     totals: Tensor,
     do: Tensor,
     dlast: Tensor | None,
     min_decay: float | None,
     decay_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, da, db, ddecay and dS_0; an unwanted ddecay and dS_0 without an S_0 have no elements."""
-    q, k, v, a, b, do = rows(q), rows(k), rows(v), rows(a), rows(b), rows(do)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, da, db, dbeta, ddecay and dS_0; an unwanted ddecay and those of what is not given have no
+    elements."""
+    do = rows(do)
+    delta = beta is not None
+    dq, dk, dv, da, db, dbeta = (empty_like(x, q) for x in (q, k, v, a, b, beta))
+    q, k, v, a, b, beta, strides = _given(q, k, v, a, b, beta)
     B, T, H, K = q.shape
     V = v.shape[-1]
     C = squares.shape[-1]
+    bounded = _bounded(q, min_decay, C)
     dfirst = empty_like(initial_state, q)
     dr = torch.empty_like(u)
     read, written, _ = _walked(decayed)
+    chunks = _chunks(q, W, squares, since, totals)
     dstates = walks.backward(
-        "generalized_delta_rule", read, written, _chunks(q, W, squares, totals), do, dlast, dr.transpose(1, 2), dfirst,
-        decays=True, channels=True,
+        "generalized_delta_rule", read, written, chunks, do, dlast, dr.transpose(1, 2), dfirst,
+        decays=True, channels=True, bounded=bounded,
     )  # fmt: skip
-    dq, dk, dv, da, db = (empty_like(x, q) for x in (q, k, v, a, b))
     dg = empty_like(decay if decay_gradient else None, q)
-    config = configured("generalized_delta_rule.chunks_backward", gradient_config, q, v)
+    config = configured("generalized_delta_rule.chunks_backward", gradient_config, q, v, bounded)
     channel_kernels.gradient_kernel[(B * H * triton.cdiv(T, C),)](
-        q, k, v, a, b, decay, u, squares, states, dstates, do, dr, dq, dk, dv, da, db, dg, T, H,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *a.stride()[:3], *b.stride()[:3], *decay.stride(),
-        *do.stride()[:3],
+        q, k, v, a, b, beta, decay, decayed, since, totals, u, squares, states, dstates, do, dr,
+        dq, dk, dv, da, db, dbeta, dg, T, H, *strides, *decay.stride(), *do.stride()[:3],
         K=K, V=V, BLOCK_K=padded(K), BLOCK=min(config.block, padded(V)), C=C,
-        HALVINGS=C.bit_length() - 1, BOUNDED=_bounded(q, min_decay, C), DECAY_GRADIENT=decay_gradient,
-        PRECISION=precision(q), num_warps=config.num_warps, num_stages=config.num_stages,
+        HALVINGS=C.bit_length() - 1, BOUNDED=bounded, DELTA=delta,
+        DECAY_GRADIENT=decay_gradient, PRECISION=precision(q), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return dq, dk, dv, da, db, dg, dfirst
+    return dq, dk, dv, da, db, dbeta, dg, dfirst
 
 
 @backward.register_fake
@@ -122,8 +134,9 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    a: Tensor,
-    b: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    beta: Tensor | None,
     decay: Tensor,
     initial_state: Tensor | None,
     u: Tensor,
@@ -131,13 +144,14 @@ def _(
     decayed: Tensor,
     W: Tensor,
     squares: Tensor,
+    since: Tensor,
     totals: Tensor,
     do: Tensor,
     dlast: Tensor | None,
     min_decay: float | None,
     decay_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wanted = (q, k, v, a, b, decay if decay_gradient else None, initial_state)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wanted = (q, k, v, a, b, beta, decay if decay_gradient else None, initial_state)
     return tuple(empty_like(x, q) for x in wanted)  # type: ignore[return-value]
 
 
@@ -152,7 +166,7 @@ def _gradients(ctx: Any, do: Tensor | None, dlast: Tensor | None, *_: Tensor | N
     saved = ctx.saved_tensors
     do = torch.zeros_like(saved[2]) if do is None else do
     gradients = torch.ops.zoo.generalized_delta_rule_backward(
-        *saved, do, dlast if ctx.return_state else None, ctx.min_decay, ctx.needs_input_grad[5]
+        *saved, do, dlast if ctx.return_state else None, ctx.min_decay, ctx.needs_input_grad[6]
     )
     wanted = zip(gradients, ctx.needs_input_grad, strict=False)
     return (*(gradient if needed else None for gradient, needed in wanted), None, None, None)
@@ -163,14 +177,25 @@ fold_batch(forward)
 fold_batch(backward)
 
 
-def chunk_config(q: Tensor, v: Tensor) -> Config:
-    """For the kernels of one program per chunk, whose lengths are those of the walks."""
+def _given(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[int]]:
+    """As the kernels take them, q in place of what there is not, and their strides."""
+    q, k, v = rows(q), rows(k), rows(v)
+    a, b, beta = (q if a is None else rows(a)), (q if b is None else rows(b)), (q if beta is None else beta)
+    return q, k, v, a, b, beta, [stride for x in (q, k, v, a, b, beta) for stride in x.stride()[:3]]
+
+
+def prepare_config(q: Tensor, v: Tensor) -> Config:
+    """For one program per chunk, whose lengths are those of the walks."""
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
-    return Config(chunk=0, block=0, num_warps=2 if widest <= 64 else 4, num_stages=1)
+    return Config(chunk=0, block=0, num_warps=max(2, widest // 32), num_stages=1)
 
 
-def gradient_config(q: Tensor, v: Tensor) -> Config:
-    return Config(chunk=0, block=64 if padded(q.shape[-1]) <= 64 else 32, num_warps=4, num_stages=1)
+def gradient_config(q: Tensor, v: Tensor, bounded: bool) -> Config:
+    """Without a bound twice the warps, so that registers suffice."""
+    num_warps = prepare_config(q, v).num_warps * (1 if bounded else 2)
+    return Config(chunk=0, block=min(padded(v.shape[-1]), 64), num_warps=min(8, num_warps), num_stages=1)
 
 
 def _bounded(q: Tensor, min_decay: float | None, C: int) -> bool:
@@ -178,26 +203,27 @@ def _bounded(q: Tensor, min_decay: float | None, C: int) -> bool:
     return min_decay is not None and -min_decay * C / 2 <= _LARGEST_SUM[q.dtype]
 
 
-def _memory(q: Tensor, v: Tensor, min_decay: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The decayed q, b and k; W, squares and totals."""
+def _memory(q: Tensor, v: Tensor, min_decay: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The decayed q, b and k; W, squares, since and totals."""
     B, T, H, K = q.shape
     # Without a bound the work on a chunk grows faster than its length.
     C = walks.length("generalized_delta_rule", q, v, longest=64 if _bounded(q, min_decay, 32) else 16)
     count = triton.cdiv(T, C)
+    bounded = _bounded(q, min_decay, C)
     return (
-        q.new_empty(B, H, 3, T, K),
+        q.new_empty(B, H, 4 if bounded else 3, T, K),
         q.new_empty(B, H, T, K),
         q.new_empty(B, H, count, 4, C, C),
-        q.new_empty(B, H, count, K, dtype=torch.float32),
+        q.new_empty((B, H, T, K) if bounded else (B, 0), dtype=torch.float32),
+        q.new_empty(B, H, count, 2 if bounded else 1, K, dtype=torch.float32),
     )
 
 
-def _chunks(q: Tensor, W: Tensor, squares: Tensor, totals: Tensor) -> walks.Chunks:
-    none = q.new_empty(0, dtype=torch.float32)
-    return walks.Chunks(W=W, squares=squares, since=none, writes=none, totals=totals)
+def _chunks(q: Tensor, W: Tensor, squares: Tensor, since: Tensor, totals: Tensor) -> walks.Chunks:
+    return walks.Chunks(W=W, squares=squares, since=since, writes=totals[:0], totals=totals)
 
 
 def _walked(decayed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The decayed q, b and k as (B, T, H, K)."""
-    q, b, k = decayed.transpose(2, 3).unbind(3)
-    return q.transpose(1, 2), b.transpose(1, 2), k.transpose(1, 2)
+    q, b, k = decayed[:, :, :3].permute(2, 0, 3, 1, 4).unbind(0)
+    return q, b, k

@@ -9,6 +9,7 @@ and C its last step, the scores of readers q after their step, a before it, and 
     o_t = (a(t) * q_t)^T S   + sum_s P^b_ts u_s + P^k_ts v_s
     S'  = a(C) * S           + sum_s (a(C, s) * b_s) u_s^T + (a(C, s) * k_s) v_s^T
 
+DELTA: the delta rule, where a = a(t, t-1) k, the keys are beta k and b is their negative, all made in the kernels.
 `prepare_kernel` makes what no state enters, for all chunks at once; `walk_kernels` has the walks through the chunks;
 `gradient_kernel` takes all chunks at once again.
 
@@ -23,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.kernels.delta_rule.triangles import inverse, pairs_of_halves, store_square
+from zoo.kernels.delta_rule.triangles import inverse, load_steps, pairs_of_halves, store_square
 from zoo.kernels.delta_rule.walk_kernels import inner, outer, through
 from zoo.kernels.tiles import LOG2E, load_rows, store_rows
 
@@ -42,14 +43,6 @@ def to_middle(h: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr, TRANSPOSED
 
 
 @triton.jit
-def pairs_transposed(x, h: tl.constexpr, C: tl.constexpr):
-    """`pairs_of_halves` of the transpose."""
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    return tl.where(((j // h) % 2 == 1) & (j // h == i // h + 1), x, tl.zeros_like(x))
-
-
-@triton.jit
 def load_decays(g, row, stride_t, stride_c, live, i, K: tl.constexpr):
     """Log2 decays of steps and channels. Below -1000 nothing is left anyway."""
     x = tl.load(g + row[:, None] * stride_t + i[None, :] * stride_c, mask=live[:, None] & (i < K)[None, :], other=0.0)
@@ -57,30 +50,32 @@ def load_decays(g, row, stride_t, stride_c, live, i, K: tl.constexpr):
 
 
 @triton.jit
-def sums(g, C: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr):
-    """Of the logarithms g (C, K): from the start of the chunk to each step, with and without its own, and from each
-    step to the end."""
+def sums(g, C: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr):
+    """Of the logarithms g (C, K): from the start of the chunk to each step, with its own for q, and for a; and from
+    each step to the end. Every one is a sum, not a difference of longer ones."""
     row = tl.arange(0, C)
-    if BOUNDED:
-        since = tl.cumsum(g, 0)
-        return since, since - g, tl.sum(g, 0)[None, :] - since
+    since = tl.dot((row[None, :] <= row[:, None]).to(tl.float32), g, input_precision=PRECISION)
+    if DELTA:
+        before = since
     else:
-        since = tl.dot((row[None, :] <= row[:, None]).to(tl.float32), g, input_precision=PRECISION)
         before = tl.dot((row[None, :] < row[:, None]).to(tl.float32), g, input_precision=PRECISION)
-        until = tl.dot((row[None, :] > row[:, None]).to(tl.float32), g, input_precision=PRECISION)
-        return since, before, until
+    until = tl.dot((row[None, :] > row[:, None]).to(tl.float32), g, input_precision=PRECISION)
+    return since, before, until
 
 
 @triton.jit
 def prepare_kernel(
-    q, k, v, a, b, g, decayed, W, U, squares, totals, T, H,
-    q_n, q_t, q_h, k_n, k_t, k_h, v_n, v_t, v_h, a_n, a_t, a_h, b_n, b_t, b_h, g_n, g_t, g_h, g_c,
+    q, k, v, a, b, beta, g, decayed, since, W, U, squares, totals, T, H,
+    q_n, q_t, q_h, k_n, k_t, k_h, v_n, v_t, v_h, a_n, a_t, a_h, b_n, b_t, b_h, beta_n, beta_t, beta_h,
+    g_n, g_t, g_h, g_c,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    HALVINGS: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    HALVINGS: tl.constexpr, BOUNDED: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """decayed (B, H, 3, T, K): q from, and b, k to the border of their chunk; W = X (a from the border) (B, H, T, K),
     U = X A^k v (B, H, T, V); squares X, P^b, A^k, P^k (B, H, chunks, 4, C, C); totals (B, H, chunks, K): the decay
-    across a chunk. One program per chunk."""
+    across a chunk. BOUNDED: decayed (B, H, 4, T, K) and W are q, b, k, a and X a from and to the middle of the chunk,
+    since (B, H, T, K) log2 of the decay from there, totals (B, H, chunks, 2, K) to and from there. One program per
+    chunk."""
     dtype = q.dtype.element_ty
     chunks = tl.cdiv(T, C)
     chunk = tl.cast(tl.program_id(0), tl.int64)
@@ -93,26 +88,44 @@ def prepare_kernel(
     j = tl.arange(0, BLOCK_V)
     b_q = load_rows(q + n * q_n + h * q_h + at * q_t, row, q_t, live, i, K, BLOCK_K)
     b_k = load_rows(k + n * k_n + h * k_h + at * k_t, row, k_t, live, i, K, BLOCK_K)
-    b_a = load_rows(a + n * a_n + h * a_h + at * a_t, row, a_t, live, i, K, BLOCK_K)
-    b_b = load_rows(b + n * b_n + h * b_h + at * b_t, row, b_t, live, i, K, BLOCK_K)
+    if DELTA:
+        b_a = b_k
+        b_k = (b_k * load_steps(beta + n * beta_n + h * beta_h, at, row, beta_t, T)[:, None]).to(dtype)
+        b_b = -b_k
+    else:
+        b_a = load_rows(a + n * a_n + h * a_h + at * a_t, row, a_t, live, i, K, BLOCK_K)
+        b_b = load_rows(b + n * b_n + h * b_h + at * b_t, row, b_t, live, i, K, BLOCK_K)
     b_v = load_rows(v + n * v_n + h * v_h + at * v_t, row, v_t, live, j, V, BLOCK_V)
     b_g = load_decays(g + n * g_n + h * g_h + at * g_t, row, g_t, g_c, live, i, K)
 
-    since, before, until = sums(b_g, C, BOUNDED, PRECISION)
     later = row[:, None] > row[None, :]
+    size = tl.cast(T, tl.int64) * K
+    decayed += head * (4 if BOUNDED else 3) * size + at * K
     if BOUNDED:
-        middle = tl.sum(tl.where((row < C // 2)[:, None], b_g, 0.0), 0)[None, :]
-        far_q = (b_q * tl.exp2(since - middle)).to(dtype)
-        far_a = (b_a * tl.exp2(before - middle)).to(dtype)
-        near = tl.exp2(middle - since)
-        near_b = tl.trans((b_b * near).to(dtype))
-        near_k = tl.trans((b_k * near).to(dtype))
+        b_since = tl.cumsum(b_g, 0)
+        middle = tl.sum(tl.where((row < C // 2)[:, None], b_g, 0.0), 0)
+        tl.store(totals + chunk * (2 * K) + i, tl.exp2(middle), mask=i < K)
+        tl.store(totals + chunk * (2 * K) + K + i, tl.exp2(tl.sum(b_g, 0) - middle), mask=i < K)
+        b_since -= middle[None, :]
+        store_rows(since + (head * T + at) * K, b_since, row, K, live, i, K, BLOCK_K)
+        near = tl.exp2(-b_since)
+        far_q = (b_q * tl.exp2(b_since)).to(dtype)
+        far_a = (b_a * tl.exp2(b_since if DELTA else b_since - b_g)).to(dtype)
+        b_b = (b_b * near).to(dtype)
+        b_k = (b_k * near).to(dtype)
+        store_rows(decayed, far_q, row, K, live, i, K, BLOCK_K)
+        store_rows(decayed + size, b_b, row, K, live, i, K, BLOCK_K)
+        store_rows(decayed + 2 * size, b_k, row, K, live, i, K, BLOCK_K)
+        store_rows(decayed + 3 * size, far_a, row, K, live, i, K, BLOCK_K)
+        near_b = tl.trans(b_b)
+        near_k = tl.trans(b_k)
         Ab = tl.where(later, tl.dot(far_a, near_b, input_precision=PRECISION), 0.0)
         Ak = tl.where(later, tl.dot(far_a, near_k, input_precision=PRECISION), 0.0)
         until_now = row[:, None] >= row[None, :]
         Pb = tl.where(until_now, tl.dot(far_q, near_b, input_precision=PRECISION), 0.0)
         Pk = tl.where(until_now, tl.dot(far_q, near_k, input_precision=PRECISION), 0.0)
     else:
+        b_since, before, until = sums(b_g, C, DELTA, PRECISION)
         diagonal = row[:, None] == row[None, :]
         Ab = tl.zeros((C, C), tl.float32)
         Ak = tl.zeros((C, C), tl.float32)
@@ -120,7 +133,7 @@ def prepare_kernel(
         Pk = tl.where(diagonal, tl.sum(b_q.to(tl.float32) * b_k, 1)[:, None], 0.0)
         for doubling in tl.static_range(HALVINGS):
             kept = tl.exp2(tl.dot(to_middle(1 << doubling, C, False, False), b_g, input_precision=PRECISION))
-            kept_a = tl.exp2(tl.dot(to_middle(1 << doubling, C, True, False), b_g, input_precision=PRECISION))
+            kept_a = tl.exp2(tl.dot(to_middle(1 << doubling, C, not DELTA, False), b_g, input_precision=PRECISION))
             far_q = (b_q * kept).to(dtype)
             far_a = (b_a * kept_a).to(dtype)
             near_b = tl.trans((b_b * kept).to(dtype))
@@ -129,32 +142,34 @@ def prepare_kernel(
             Ak += pairs_of_halves(tl.dot(far_a, near_k, input_precision=PRECISION), 1 << doubling, C)
             Pb += pairs_of_halves(tl.dot(far_q, near_b, input_precision=PRECISION), 1 << doubling, C)
             Pk += pairs_of_halves(tl.dot(far_q, near_k, input_precision=PRECISION), 1 << doubling, C)
+        left = tl.exp2(until)
+        store_rows(decayed, b_q * tl.exp2(b_since), row, K, live, i, K, BLOCK_K)
+        store_rows(decayed + size, b_b * left, row, K, live, i, K, BLOCK_K)
+        store_rows(decayed + 2 * size, b_k * left, row, K, live, i, K, BLOCK_K)
+        tl.store(totals + chunk * K + i, tl.exp2(tl.sum(b_g, 0)), mask=i < K)
+        far_a = (b_a * tl.exp2(before)).to(dtype)
     squares += chunk * (4 * C * C)
     store_square(squares + C * C, Pb, C)
     store_square(squares + 2 * C * C, Ak, C)
     store_square(squares + 3 * C * C, Pk, C)
     X = inverse(-Ab, C, HALVINGS, PRECISION).to(dtype)
     store_square(squares, X, C)
-    b_W = tl.dot(X, (b_a * tl.exp2(before)).to(dtype), input_precision=PRECISION)
+    b_W = tl.dot(X, far_a, input_precision=PRECISION)
     store_rows(W + (head * T + at) * K, b_W, row, K, live, i, K, BLOCK_K)
     b_U = tl.dot(Ak.to(dtype), b_v, input_precision=PRECISION).to(dtype)
     b_U = tl.dot(X, b_U, input_precision=PRECISION)
     store_rows(U + (head * T + at) * V, b_U, row, V, live, j, V, BLOCK_V)
-    size = tl.cast(T, tl.int64) * K
-    decayed += head * 3 * size + at * K
-    left = tl.exp2(until)
-    store_rows(decayed, b_q * tl.exp2(since), row, K, live, i, K, BLOCK_K)
-    store_rows(decayed + size, b_b * left, row, K, live, i, K, BLOCK_K)
-    store_rows(decayed + 2 * size, b_k * left, row, K, live, i, K, BLOCK_K)
-    tl.store(totals + chunk * K + i, tl.exp2(tl.sum(b_g, 0)), mask=i < K)
 
 
 @triton.jit
 def gradient_kernel(
-    q, k, v, a, b, g, u, squares, states, dstates, do, dr, dq, dk, dv, da, db, dg, T, H,
-    q_n, q_t, q_h, k_n, k_t, k_h, v_n, v_t, v_h, a_n, a_t, a_h, b_n, b_t, b_h, g_n, g_t, g_h, g_c, do_n, do_t, do_h,
+    q, k, v, a, b, beta, g, decayed, since, totals, u, squares, states, dstates, do, dr,
+    dq, dk, dv, da, db, dbeta, dg, T, H,
+    q_n, q_t, q_h, k_n, k_t, k_h, v_n, v_t, v_h, a_n, a_t, a_h, b_n, b_t, b_h, beta_n, beta_t, beta_h,
+    g_n, g_t, g_h, g_c, do_n, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    HALVINGS: tl.constexpr, BOUNDED: tl.constexpr, DECAY_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+    HALVINGS: tl.constexpr, BOUNDED: tl.constexpr, DELTA: tl.constexpr, DECAY_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every gradient, from what the walks left; one program per chunk. dr is (B, H, T, V)."""
     dtype = q.dtype.element_ty
@@ -174,12 +189,9 @@ def gradient_kernel(
     do += n * do_n + h * do_h + at * do_t
     states += chunk * (padded * BLOCK_K)
     dstates += chunk * (padded * BLOCK_K)
-    b_k = load_rows(k + n * k_n + h * k_h + at * k_t, row, k_t, live, i, K, BLOCK_K)
-    b_g = load_decays(g + n * g_n + h * g_h + at * g_t, row, g_t, g_c, live, i, K)
-    since, before, until = sums(b_g, C, BOUNDED, PRECISION)
-    left = tl.exp2(until)
-
-    last_k = (b_k * left).to(dtype)
+    size = tl.cast(T, tl.int64) * K
+    decayed += head * (4 if BOUNDED else 3) * size + at * K
+    last_k = load_rows(decayed + 2 * size, row, K, live, i, K, BLOCK_K)
     squares += chunk * (4 * C * C) + row[None, :] * C + row[:, None]
     Ak_t = tl.load(squares + 2 * C * C)
     Pk_t = tl.load(squares + 3 * C * C)
@@ -191,76 +203,82 @@ def gradient_kernel(
         b_dv = tl.dot(Ak_t, load_rows(dr, row, V, live, j, V, BLOCK), b_dv, input_precision=PRECISION)
         store_rows(dv + tokens * V, b_dv, row, H * V, live, j, V, BLOCK)
 
-    # Row t, column s, and with a _t row s, column t.
+    # Row t, column s.
     dPb = outer(do, do_t, u, V, row, live, V, BLOCK, C, PRECISION)
     dPk = outer(do, do_t, v, v_t, row, live, V, BLOCK, C, PRECISION)
     dAb = outer(dr, V, u, V, row, live, V, BLOCK, C, PRECISION).to(dtype)
     dAk = outer(dr, V, v, v_t, row, live, V, BLOCK, C, PRECISION).to(dtype)
-    dPb_t = outer(u, V, do, do_t, row, live, V, BLOCK, C, PRECISION).to(dtype)
-    dPk_t = outer(v, v_t, do, do_t, row, live, V, BLOCK, C, PRECISION).to(dtype)
-    dAb_t = outer(u, V, dr, V, row, live, V, BLOCK, C, PRECISION).to(dtype)
-    dAk_t = outer(v, v_t, dr, V, row, live, V, BLOCK, C, PRECISION).to(dtype)
-    diagonal = row[:, None] == row[None, :]
-    now_b = tl.sum(tl.where(diagonal, dPb, 0.0), 1)[:, None]
-    now_k = tl.sum(tl.where(diagonal, dPk, 0.0), 1)[:, None]
-    dPb = dPb.to(dtype)
-    dPk = dPk.to(dtype)
+    later = row[:, None] > row[None, :]
+    zero = tl.zeros((C, C), dtype)
+    dAb = tl.where(later, dAb, zero)
+    dAk = tl.where(later, dAk, zero)
 
-    b_q = load_rows(q + n * q_n + h * q_h + at * q_t, row, q_t, live, i, K, BLOCK_K)
-    b_a = load_rows(a + n * a_n + h * a_h + at * a_t, row, a_t, live, i, K, BLOCK_K)
-    b_b = load_rows(b + n * b_n + h * b_h + at * b_t, row, b_t, live, i, K, BLOCK_K)
     out = tokens * K
     if BOUNDED:
-        # A slope is what a read or a write adds to dg of the steps whose decay it sees.
-        middle = tl.sum(tl.where((row < C // 2)[:, None], b_g, 0.0), 0)[None, :]
-        near = tl.exp2(middle - since)
-        near_b = (b_b * near).to(dtype)
-        near_k = (b_k * near).to(dtype)
-        later = row[:, None] > row[None, :]
-        zero = tl.zeros((C, C), dtype)
+        until_now = row[:, None] >= row[None, :]
+        dPb = tl.where(until_now, dPb, 0.0).to(dtype)
+        dPk = tl.where(until_now, dPk, 0.0).to(dtype)
+        far_q = load_rows(decayed, row, K, live, i, K, BLOCK_K)
+        near_b = load_rows(decayed + size, row, K, live, i, K, BLOCK_K)
+        far_a = load_rows(decayed + 3 * size, row, K, live, i, K, BLOCK_K)
+        since += (head * T + at) * K
+        b_since = load_rows(since, row, K, live, i, K, BLOCK_K)
 
-        part = tl.dot(tl.where(later, dPb, zero), near_b, input_precision=PRECISION)
-        part = tl.dot(tl.where(later, dPk, zero), near_k, part, input_precision=PRECISION)
-        kept = tl.exp2(since - middle)
-        far_q = (b_q * kept).to(dtype)
-        b_d = through(do, do_t, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * tl.exp2(since)
-        slopes = b_d * b_q + part * far_q
-        b_d += part * kept + now_b * b_b + now_k * b_k
-        store_rows(dq + out, b_d, row, H * K, live, i, K, BLOCK_K)
+        # A slope is what a read or a write adds to dg of the steps whose decay it sees. A pair adds it where it is read
+        # and takes it away where it is written: the same numbers, so that nothing is left of it before the write.
+        part = through(do, do_t, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
+        part = tl.dot(dPb, near_b, part, input_precision=PRECISION)
+        part = tl.dot(dPk, last_k, part, input_precision=PRECISION)
+        slopes = part * far_q
+        store_rows(dq + out, part * tl.exp2(b_since), row, H * K, live, i, K, BLOCK_K)
 
-        part = tl.dot(tl.where(later, dAb, zero), near_b, input_precision=PRECISION)
-        part = tl.dot(tl.where(later, dAk, zero), near_k, part, input_precision=PRECISION)
-        kept = tl.exp2(before - middle)
-        far_a = (b_a * kept).to(dtype)
-        b_d = through(dr, V, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * tl.exp2(before)
-        by_a = b_d * b_a + part * far_a
-        slopes += by_a
-        b_d += part * kept
-        store_rows(da + out, b_d, row, H * K, live, i, K, BLOCK_K)
+        part = through(dr, V, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
+        part = tl.dot(dAb, near_b, part, input_precision=PRECISION)
+        part = tl.dot(dAk, last_k, part, input_precision=PRECISION)
+        by_a = part * far_a
+        if DELTA:
+            b_da = part * tl.exp2(b_since)
+        else:
+            before = load_rows(since - K, row, K, live & (row > 0), i, K, BLOCK_K)
+            first_half = tl.load(totals + chunk * (2 * K) + i, mask=i < K, other=1.0)
+            b_da = part * tl.where((row == 0)[:, None], 1 / first_half[None, :], tl.exp2(before))
+            store_rows(da + out, b_da, row, H * K, live, i, K, BLOCK_K)
 
-        earlier = row[:, None] < row[None, :]
-        part = tl.dot(tl.where(earlier, dPb_t, zero), far_q, input_precision=PRECISION)
-        part = tl.dot(tl.where(earlier, dAb_t, zero), far_a, part, input_precision=PRECISION)
-        b_d = through(u, V, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * left
-        written = b_d * b_b
+        part = through(u, V, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
+        written = part * near_b
+        part = tl.dot(tl.trans(dPb), far_q, part, input_precision=PRECISION)
+        part = tl.dot(tl.trans(dAb), far_a, part, input_precision=PRECISION)
         slopes -= part * near_b
-        b_d += part * near + now_b * b_q
-        store_rows(db + out, b_d, row, H * K, live, i, K, BLOCK_K)
+        b_db = part * tl.exp2(-b_since)
+        if not DELTA:
+            store_rows(db + out, b_db, row, H * K, live, i, K, BLOCK_K)
 
-        part = tl.dot(tl.where(earlier, dPk_t, zero), far_q, input_precision=PRECISION)
-        part = tl.dot(tl.where(earlier, dAk_t, zero), far_a, part, input_precision=PRECISION)
-        b_d = through(v, v_t, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * left
-        written += b_d * b_k
-        slopes -= part * near_k
-        b_d += part * near + now_k * b_q
-        store_rows(dk + out, b_d, row, H * K, live, i, K, BLOCK_K)
+        part = through(v, v_t, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
+        written += part * last_k
+        part = tl.dot(tl.trans(dPk), far_q, part, input_precision=PRECISION)
+        part = tl.dot(tl.trans(dAk), far_a, part, input_precision=PRECISION)
+        slopes -= part * last_k
+        b_dk = part * tl.exp2(-b_since)
         if DECAY_GRADIENT:
             # From a step on what is read, but not its own a; before it what is written.
-            across = tl.exp2(tl.sum(b_g, 0)) * inner(states, dstates, i, V, BLOCK, BLOCK_K)
-            b_dg = tl.cumsum(slopes - written, 0, reverse=True) - by_a + (across + tl.sum(written, 0))[None, :]
-            store_rows(dg + out, b_dg, row, H * K, live, i, K, BLOCK_K)
+            across = inner(states, dstates, i, V, BLOCK, BLOCK_K) + tl.sum(written, 0)
+            b_dg = tl.cumsum(slopes + by_a, 0, reverse=True) + across[None, :]
+            if not DELTA:
+                b_dg -= by_a
     else:
-        b_dq = through(do, do_t, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * tl.exp2(since)
+        b_q = load_rows(q + n * q_n + h * q_h + at * q_t, row, q_t, live, i, K, BLOCK_K)
+        b_k = load_rows(k + n * k_n + h * k_h + at * k_t, row, k_t, live, i, K, BLOCK_K)
+        if DELTA:
+            b_a = b_k
+            b_k = (b_k * load_steps(beta + n * beta_n + h * beta_h, at, row, beta_t, T)[:, None]).to(dtype)
+            b_b = -b_k
+        else:
+            b_a = load_rows(a + n * a_n + h * a_h + at * a_t, row, a_t, live, i, K, BLOCK_K)
+            b_b = load_rows(b + n * b_n + h * b_h + at * b_t, row, b_t, live, i, K, BLOCK_K)
+        b_g = load_decays(g + n * g_n + h * g_h + at * g_t, row, g_t, g_c, live, i, K)
+        b_since, before, until = sums(b_g, C, DELTA, PRECISION)
+        left = tl.exp2(until)
+        b_dq = through(do, do_t, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * tl.exp2(b_since)
         b_da = through(dr, V, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * tl.exp2(before)
         b_db = through(u, V, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * left
         b_dk = through(v, v_t, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * left
@@ -270,14 +288,19 @@ def gradient_kernel(
             after = (row[None, :] > row[:, None]).to(tl.float32)
             past = (row[None, :] < row[:, None]).to(tl.float32)
             b_dg = tl.dot(from_on, b_q * b_dq, input_precision=PRECISION) + across[None, :]
-            b_dg = tl.dot(after, b_a * b_da, b_dg, input_precision=PRECISION)
+            b_dg = tl.dot(from_on if DELTA else after, b_a * b_da, b_dg, input_precision=PRECISION)
             b_dg = tl.dot(past, b_b * b_db + b_k * b_dk, b_dg, input_precision=PRECISION)
+        diagonal = row[:, None] == row[None, :]
+        now_b = tl.sum(tl.where(diagonal, dPb, 0.0), 1)[:, None]
+        now_k = tl.sum(tl.where(diagonal, dPk, 0.0), 1)[:, None]
         b_dq += now_b * b_b + now_k * b_k
         b_db += now_b * b_q
         b_dk += now_k * b_q
+        dPb = dPb.to(dtype)
+        dPk = dPk.to(dtype)
         for doubling in tl.static_range(HALVINGS):
             kept = tl.exp2(tl.dot(to_middle(1 << doubling, C, False, False), b_g, input_precision=PRECISION))
-            kept_a = tl.exp2(tl.dot(to_middle(1 << doubling, C, True, False), b_g, input_precision=PRECISION))
+            kept_a = tl.exp2(tl.dot(to_middle(1 << doubling, C, not DELTA, False), b_g, input_precision=PRECISION))
             near_b = (b_b * kept).to(dtype)
             near_k = (b_k * kept).to(dtype)
             part = tl.dot(pairs_of_halves(dPb, 1 << doubling, C), near_b, input_precision=PRECISION)
@@ -288,22 +311,33 @@ def gradient_kernel(
             part = tl.dot(pairs_of_halves(dAk, 1 << doubling, C), near_k, part, input_precision=PRECISION) * kept_a
             b_da += part
             if DECAY_GRADIENT:
-                b_dg = tl.dot(to_middle(1 << doubling, C, True, True), b_a * part, b_dg, input_precision=PRECISION)
+                b_dg = tl.dot(to_middle(1 << doubling, C, not DELTA, True), b_a * part, b_dg, input_precision=PRECISION)
             far_q = (b_q * kept).to(dtype)
             far_a = (b_a * kept_a).to(dtype)
-            part = tl.dot(pairs_transposed(dPb_t, 1 << doubling, C), far_q, input_precision=PRECISION)
-            part = tl.dot(pairs_transposed(dAb_t, 1 << doubling, C), far_a, part, input_precision=PRECISION) * kept
+            part = tl.dot(tl.trans(pairs_of_halves(dPb, 1 << doubling, C)), far_q, input_precision=PRECISION)
+            part = (
+                tl.dot(tl.trans(pairs_of_halves(dAb, 1 << doubling, C)), far_a, part, input_precision=PRECISION) * kept
+            )
             b_db += part
             slopes += b_b * part
-            part = tl.dot(pairs_transposed(dPk_t, 1 << doubling, C), far_q, input_precision=PRECISION)
-            part = tl.dot(pairs_transposed(dAk_t, 1 << doubling, C), far_a, part, input_precision=PRECISION) * kept
+            part = tl.dot(tl.trans(pairs_of_halves(dPk, 1 << doubling, C)), far_q, input_precision=PRECISION)
+            part = (
+                tl.dot(tl.trans(pairs_of_halves(dAk, 1 << doubling, C)), far_a, part, input_precision=PRECISION) * kept
+            )
             b_dk += part
             slopes += b_k * part
             if DECAY_GRADIENT:
                 b_dg = tl.dot(to_middle(1 << doubling, C, False, True), slopes, b_dg, input_precision=PRECISION)
         store_rows(dq + out, b_dq, row, H * K, live, i, K, BLOCK_K)
-        store_rows(da + out, b_da, row, H * K, live, i, K, BLOCK_K)
-        store_rows(db + out, b_db, row, H * K, live, i, K, BLOCK_K)
-        store_rows(dk + out, b_dk, row, H * K, live, i, K, BLOCK_K)
-        if DECAY_GRADIENT:
-            store_rows(dg + out, b_dg, row, H * K, live, i, K, BLOCK_K)
+        if not DELTA:
+            store_rows(da + out, b_da, row, H * K, live, i, K, BLOCK_K)
+            store_rows(db + out, b_db, row, H * K, live, i, K, BLOCK_K)
+    if DELTA:
+        b_dk -= b_db
+        b_k = load_rows(k + n * k_n + h * k_h + at * k_t, row, k_t, live, i, K, BLOCK_K)
+        tl.store(dbeta + tokens + row * H, tl.sum(b_dk * b_k, 1).to(dbeta.dtype.element_ty), mask=live)
+        b_beta = load_steps(beta + n * beta_n + h * beta_h, at, row, beta_t, T)
+        b_dk = b_dk * b_beta[:, None] + b_da
+    store_rows(dk + out, b_dk, row, H * K, live, i, K, BLOCK_K)
+    if DECAY_GRADIENT:
+        store_rows(dg + out, b_dg, row, H * K, live, i, K, BLOCK_K)

@@ -32,7 +32,7 @@ def forward(
     C = chunks.squares.shape[-1]
     U = q.new_empty(B, H, T, V)
     g = beta if decay is None else decay
-    config = configured("delta_rule.prepare", chunk_config, q, v)
+    config = configured("delta_rule.prepare", prepare_config, q, v)
     scalar_kernels.prepare_kernel[(B * H * triton.cdiv(T, C),)](
         q, k, v, beta, g, chunks.W, U, *chunks[1:], T, H,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride(), *g.stride(),
@@ -40,7 +40,7 @@ def forward(
         PRECISION=precision(q), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     o, last, w, states = walks.forward(
-        "delta_rule", q, k, None, v, U, chunks, initial_state, decays=decay is not None, channels=False,
+        "delta_rule", q, k, None, v, U, chunks, initial_state, decays=decay is not None, channels=False, bounded=False,
         return_state=return_state, keep=keep,
     )  # fmt: skip
     return o, last, w, states, *(chunks if keep else (q.new_empty(B, 0) for _ in chunks))
@@ -87,13 +87,13 @@ def backward(
     dv, dfirst = empty_like(do, q), empty_like(initial_state, q)
     chunks = walks.Chunks(W, squares, since, writes, totals)
     dstates = walks.backward(
-        "delta_rule", q, k, chunks, do, dlast, dv, dfirst, decays=decay is not None, channels=False
+        "delta_rule", q, k, chunks, do, dlast, dv, dfirst, decays=decay is not None, channels=False, bounded=False
     )
     dq, dk, dbeta, dg = (empty_like(x, q) for x in (q, k, beta, decay))
     g = beta if decay is None else decay
     config = configured("delta_rule.chunks_backward", gradient_config, q, do)
     scalar_kernels.gradient_kernel[(B * H * triton.cdiv(T, C),)](
-        q, k, beta, g, w, states, dstates, do, dv, dq, dk, dbeta, dg, T, H,
+        q, k, beta, g, w, since, totals, states, dstates, do, dv, dq, dk, dbeta, dg, T, H,
         *q.stride()[:3], *k.stride()[:3], *beta.stride(), *g.stride(), *do.stride()[:3],
         K=K, V=V, BLOCK_K=padded(K), BLOCK=min(config.block, padded(V)), C=C,
         DECAYS=decay is not None, PRECISION=precision(q), num_warps=config.num_warps, num_stages=config.num_stages,
@@ -144,14 +144,15 @@ fold_batch(forward)
 fold_batch(backward)
 
 
-def chunk_config(q: Tensor, v: Tensor) -> Config:
-    """For the kernels of one program per chunk, whose lengths are those of the walks."""
+def prepare_config(q: Tensor, v: Tensor) -> Config:
+    """For one program per chunk, whose lengths are those of the walks."""
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
-    return Config(chunk=0, block=0, num_warps=2 if widest <= 64 else 4, num_stages=1)
+    return Config(chunk=0, block=0, num_warps=max(1, widest // 64), num_stages=1)
 
 
 def gradient_config(q: Tensor, v: Tensor) -> Config:
-    return chunk_config(q, v)._replace(block=64 if padded(q.shape[-1]) <= 64 else 32)
+    widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    return Config(chunk=0, block=min(padded(v.shape[-1]), 64), num_warps=max(2, widest // 32), num_stages=1)
 
 
 def _chunks(q: Tensor, v: Tensor, decay: Tensor | None) -> walks.Chunks:

@@ -11,8 +11,8 @@ with X = (I + N)^-1. `prepare_kernel` makes what no state enters, for all chunks
 through the chunks, and `gradient_kernel` takes all chunks at once again. The gradients of N and P are outer products of
 -dr and do with w, where dr = dv.
 
-dg_u sums a slope over all pairs of a write and a later read on either side of u. Those of a chunk are summed directly;
-what enters or leaves the chunk passes through S or dS. So no small number is a difference of large ones.
+dg_u sums a slope over all pairs of a write and a later read on either side of u: those of a chunk, and what enters or
+leaves the chunk through S or dS. None crosses no decay at all, so no small number is a difference of large ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.kernels.delta_rule.triangles import decay_between, inverse, load_decay, load_steps, store_square
+from zoo.kernels.delta_rule.triangles import (
+    decay_between,
+    decay_until,
+    inverse,
+    load_decay,
+    load_steps,
+    store_square,
+)
 from zoo.kernels.delta_rule.walk_kernels import inner, outer, through
 from zoo.kernels.tiles import load_rows, store_rows
 
@@ -32,8 +39,8 @@ def prepare_kernel(
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     HALVINGS: tl.constexpr, DECAYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W = -X a k (B, H, T, K), U = X v (B, H, T, V), squares X, P (B, H, chunks, 2, C, C), since a(t) and writes
-    a(C, s) beta_s (B, H, T), totals a(C) (B, H, chunks). One program per chunk."""
+    """W = -X a k (B, H, T, K), U = X v (B, H, T, V), squares X, P (B, H, chunks, 2, C, C); writes
+    a(C, s) beta_s, and log2 of since a(t) (B, H, T) and of totals a(C) (B, H, chunks). One program per chunk."""
     dtype = q.dtype.element_ty
     chunks = tl.cdiv(T, C)
     head = tl.cast(tl.program_id(0) // chunks, tl.int64)
@@ -52,14 +59,15 @@ def prepare_kernel(
     if DECAYS:
         g += n * g_n + h * g_h
         b_g = load_decay(g, at, row, g_t, T)
-        a = decay_between(b_g, C, PRECISION, False)
+        b_since = tl.cumsum(b_g, 0)
+        total = tl.sum(b_g, 0)
+        a = decay_between(b_g, b_since, C, dtype, False)
         N *= a
         P *= a
-        b_since = tl.exp2(tl.cumsum(b_g, 0))
-        b_k = (b_k * b_since[:, None]).to(dtype)
+        b_beta *= tl.exp2(decay_until(g, b_since, total, at, row, g_t, T, C, dtype))
+        b_k = (b_k * tl.exp2(b_since)[:, None]).to(dtype)
         tl.store(since + head * T + at + row, b_since, mask=live)
-        tl.store(totals + tl.program_id(0), tl.exp2(tl.sum(b_g, 0)))
-        b_beta *= tl.exp2(tl.cumsum(load_decay(g, at, row + 1, g_t, tl.minimum(T, at + C)), 0, reverse=True))
+        tl.store(totals + tl.program_id(0), total)
     tl.store(writes + head * T + at + row, b_beta, mask=live)
     X = inverse(tl.where(row[:, None] > row[None, :], N, 0.0), C, HALVINGS, PRECISION).to(dtype)
     squares += tl.cast(tl.program_id(0), tl.int64) * (2 * C * C)
@@ -73,7 +81,7 @@ def prepare_kernel(
 
 @triton.jit
 def gradient_kernel(
-    q, k, beta, g, w, states, dstates, do, dr, dq, dk, dbeta, dg, T, H,
+    q, k, beta, g, w, since, totals, states, dstates, do, dr, dq, dk, dbeta, dg, T, H,
     q_n, q_t, q_h, k_n, k_t, k_h, beta_n, beta_t, beta_h, g_n, g_t, g_h, do_n, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
     DECAYS: tl.constexpr, PRECISION: tl.constexpr,
@@ -97,55 +105,63 @@ def gradient_kernel(
     dstates += chunk * (padded * BLOCK_K)
 
     # Row t, column s, and with a _t row s, column t.
+    b_beta = load_steps(beta + n * beta_n + h * beta_h, at, row, beta_t, T)
+    dP = outer(do, do_t, w, V, row, live, V, BLOCK, C, PRECISION)
+    dN = outer(dr, H * V, w, V, row, live, V, BLOCK, C, PRECISION)
+    dP_t = outer(w, V, do, do_t, row, live, V, BLOCK, C, PRECISION)
+    dN_t = -outer(w, V, dr, H * V, row, live, V, BLOCK, C, PRECISION)
+    # Where it matters which decays a pair crosses, that of a step with itself, which crosses none, is kept apart.
     later = row[:, None] > row[None, :]
     earlier = row[:, None] < row[None, :]
-    b_beta = load_steps(beta + n * beta_n + h * beta_h, at, row, beta_t, T)
-    dP = outer(do, do_t, w, V, row, live, V, BLOCK, C, PRECISION) * b_beta[None, :]
-    dN = outer(dr, H * V, w, V, row, live, V, BLOCK, C, PRECISION) * b_beta[None, :]
-    dP_t = outer(w, V, do, do_t, row, live, V, BLOCK, C, PRECISION)
-    dN_t = outer(w, V, dr, H * V, row, live, V, BLOCK, C, PRECISION)
     if DECAYS:
+        now = tl.sum(tl.where(row[:, None] == row[None, :], dP_t, 0.0), 1)
         g += n * g_n + h * g_h
         b_g = load_decay(g, at, row, g_t, T)
-        a = decay_between(b_g, C, PRECISION, False)
-        dP *= a
+        b_since = load_steps(since + head * T, at, row, 1, T)
+        total = tl.load(totals + chunk)
+        a = decay_between(b_g, b_since, C, dtype, False)
+        dP = tl.where(later, dP * a, 0.0)
         dN *= a
-        a_t = decay_between(b_g, C, PRECISION, True)
-        dP_t *= a_t
-        dN_t *= a_t
-    dP = tl.where(row[:, None] >= row[None, :], dP, 0.0)
-    dN = tl.where(later, dN, 0.0)
-    dP_t = tl.where(row[:, None] <= row[None, :], dP_t, 0.0)
-    dN_t = tl.where(earlier, -dN_t, 0.0)
+        a = decay_between(b_g, b_since, C, dtype, True)
+        dP_t = tl.where(earlier, dP_t * a, 0.0)
+        dN_t *= a
+    else:
+        dP = tl.where(row[:, None] >= row[None, :], dP, 0.0)
+        dP_t = tl.where(row[:, None] <= row[None, :], dP_t, 0.0)
+    dP = dP.to(dtype)
+    dN = tl.where(later, dN, 0.0).to(dtype)
+    dP_t = dP_t.to(dtype)
+    dN_t = tl.where(earlier, dN_t, 0.0).to(dtype)
 
     b_k = load_rows(k + n * k_n + h * k_h + at * k_t, row, k_t, live, i, K, BLOCK_K)
     b_q = load_rows(q + n * q_n + h * q_h + at * q_t, row, q_t, live, i, K, BLOCK_K)
+    written = (b_k * b_beta[:, None]).to(dtype)
     b_dq = through(do, do_t, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
     if DECAYS:
-        since = tl.exp2(tl.cumsum(b_g, 0))
-        b_dq *= since[:, None]
-        reads = tl.sum(b_dq * b_q, 1)
-    b_dq = tl.dot(dP.to(dtype), b_k, b_dq, input_precision=PRECISION)
+        b_dq *= tl.exp2(b_since)[:, None]
+    b_dq = tl.dot(dP, written, b_dq, input_precision=PRECISION)
+    if DECAYS:
+        slopes = tl.sum(b_dq * b_q, 1)
+        b_dq += now[:, None] * written
     store_rows(dq + tokens * K, b_dq, row, H * K, live, i, K, BLOCK_K)
 
-    read_k = through(dr, H * V, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
+    read = through(dr, H * V, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
     if DECAYS:
-        read_k *= since[:, None]
-        reads -= tl.sum(read_k * b_k, 1)
-    read_k = tl.dot(dN.to(dtype), b_k, read_k, input_precision=PRECISION)
-    write = through(w, V, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
+        read *= tl.exp2(b_since)[:, None]
+    read = tl.dot(dN, written, read, input_precision=PRECISION)
+    write = tl.dot(dP_t, b_q, input_precision=PRECISION)
+    write = tl.dot(dN_t, b_k, write, input_precision=PRECISION)
+    leave = through(w, V, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
     if DECAYS:
-        until = tl.exp2(tl.cumsum(load_decay(g, at, row + 1, g_t, tl.minimum(T, at + C)), 0, reverse=True))
-        write *= until[:, None]
-        writes = tl.sum(write * b_k, 1) * b_beta
-        slopes = dP_t * tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        slopes += dN_t * tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-        # The rows are the steps crossed: by pairs of the chunk, by what it reads, and by what it writes.
-        crossing = tl.dot(later.to(tl.float32), slopes * b_beta[:, None], input_precision=PRECISION) + reads[None, :]
-        b_dg = tl.sum(tl.where(row[:, None] <= row[None, :], crossing, writes[None, :]), 1)
-        b_dg += tl.exp2(tl.sum(b_g, 0)) * tl.sum(inner(states, dstates, i, V, BLOCK, BLOCK_K), 0)
+        leave *= tl.exp2(decay_until(g, b_since, total, at, row, g_t, T, C, dtype))[:, None]
+        # What a step reads crosses the decays up to its own, but in a pair of the chunk none before the write: there
+        # the same products are taken off again. What it leaves to later chunks crosses the decays behind it.
+        slopes -= tl.sum(read * b_k + write * written, 1)
+        leaves = tl.sum(leave * b_k, 1) * b_beta
+        b_dg = tl.sum(tl.where(row[:, None] <= row[None, :], slopes[None, :], leaves[None, :]), 1)
+        b_dg += tl.exp2(total) * tl.sum(inner(states, dstates, i, V, BLOCK, BLOCK_K), 0)
         tl.store(dg + tokens + row * H, b_dg.to(dg.dtype.element_ty), mask=live)
-    write = tl.dot(dP_t.to(dtype), b_q, write, input_precision=PRECISION)
-    write = tl.dot(dN_t.to(dtype), b_k, write, input_precision=PRECISION)
+        leave += now[:, None] * b_q
+    write += leave
     tl.store(dbeta + tokens + row * H, tl.sum(write * b_k, 1).to(dbeta.dtype.element_ty), mask=live)
-    store_rows(dk + tokens * K, write * b_beta[:, None] - read_k, row, H * K, live, i, K, BLOCK_K)
+    store_rows(dk + tokens * K, write * b_beta[:, None] - read, row, H * K, live, i, K, BLOCK_K)

@@ -16,8 +16,8 @@ def load_steps(x, at, row, stride, T):
 
 @triton.jit
 def load_decay(g, at, row, stride, T):
-    """Log2 decays of the steps at + row, 0 past the end. Below -1000 nothing is left anyway."""
-    return tl.maximum(load_steps(g, at, row, stride, T) * LOG2E, -1000.0)
+    """Log2 decays of the steps at + row, 0 past the end. Below -200 nothing is left in fp32 anyway."""
+    return tl.maximum(load_steps(g, at, row, stride, T) * LOG2E, -200.0)
 
 
 @triton.jit
@@ -34,16 +34,31 @@ def store_square(x, values, C: tl.constexpr):
 
 
 @triton.jit
-def decay_between(g, C: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """2^(g_{s+1} + ... + g_t) at (t, s), or at (s, t), for s <= t, else 0. Every sum is one, not a difference."""
+def decay_until(g, since, total, at, row, stride, T, C: tl.constexpr, dtype: tl.constexpr):
+    """Log2 of what the decays behind each step leave, where `since` is from the start of the chunk to the step. In fp32
+    it is a sum, not a difference of longer ones."""
+    if dtype == tl.float32:
+        return tl.cumsum(load_decay(g, at, row + 1, stride, tl.minimum(T, at + C)), 0, reverse=True)
+    else:
+        return total - since
+
+
+@triton.jit
+def decay_between(g, since, C: tl.constexpr, dtype: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """2^(g_{s+1} + ... + g_t) at (t, s), or at (s, t), for s <= t, else 0; as `decay_until`."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    if TRANSPOSED:
-        between = tl.dot(tl.where(j > i, g[None, :], 0.0), (i <= j).to(tl.float32), input_precision=PRECISION)
-        return tl.where(i <= j, tl.exp2(between), 0.0)
+    if dtype == tl.float32:
+        if TRANSPOSED:
+            between = tl.dot(tl.where(j > i, g[None, :], 0.0), (i <= j).to(tl.float32), input_precision="tf32x3")
+        else:
+            between = tl.dot((j <= i).to(tl.float32), tl.where(i > j, g[:, None], 0.0), input_precision="tf32x3")
+    elif TRANSPOSED:
+        between = since[None, :] - since[:, None]
     else:
-        between = tl.dot((j <= i).to(tl.float32), tl.where(i > j, g[:, None], 0.0), input_precision=PRECISION)
-        return tl.where(j <= i, tl.exp2(between), 0.0)
+        between = since[:, None] - since[None, :]
+    within = i <= j if TRANSPOSED else j <= i
+    return tl.exp2(tl.where(within, between, float("-inf")))
 
 
 @triton.jit

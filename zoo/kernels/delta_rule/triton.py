@@ -24,17 +24,12 @@ def delta_rule(
     return_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     dtype = _check("delta_rule", q, k, v)
-    if decay is not None and decay.dim() == 4:
-        # In fp32 or wider than k: the factors are rounded to k's dtype only after their product.
-        written = beta.float()[..., None] * k
-        a = decay.float().exp() * k
-        return generalized_delta_rule(
-            q, written.to(dtype), v, a.to(dtype), -written.to(dtype), decay, min_decay=min_decay,
-            initial_state=initial_state, return_state=return_state,
-        )  # fmt: skip
     S = None if initial_state is None else initial_state.float()
-    keep = torch.is_grad_enabled()
-    o, S, *_ = scalar.forward(q.to(dtype), k.to(dtype), v.to(dtype), beta, decay, S, return_state, keep)
+    q, k, values, keep = q.to(dtype), k.to(dtype), v.to(dtype), torch.is_grad_enabled()
+    if decay is not None and decay.dim() == 4:
+        o, S, *_ = channel.forward(q, k, values, None, None, beta, decay, S, min_decay, return_state, keep)
+    else:
+        o, S, *_ = scalar.forward(q, k, values, beta, decay, S, return_state, keep)
     return o.to(v.dtype), S if return_state else None
 
 
@@ -57,7 +52,8 @@ def generalized_delta_rule(
         decay = decay[..., None]
     S = None if initial_state is None else initial_state.float()
     tensors = (x.to(dtype) for x in (q, k, v, a, b))
-    o, S, *_ = channel.forward(*tensors, decay.expand(q.shape), S, min_decay, return_state, torch.is_grad_enabled())
+    keep = torch.is_grad_enabled()
+    o, S, *_ = channel.forward(*tensors, None, decay.expand(q.shape), S, min_decay, return_state, keep)
     return o.to(v.dtype), S if return_state else None
 
 

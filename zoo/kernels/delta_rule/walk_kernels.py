@@ -16,9 +16,11 @@ States and steps are transposed, V by K and V by C: so the product that depends 
 no column of v depends on another one, and Triton has no accumulators to transpose before a product, which 3.4 to 3.7
 sometimes miscompile on Hopper.
 
-CHANNELS: the generalised rule, with q, b and k that have the decay inside the chunk in them, totals (B, H, chunks, K),
-and squares X, P^b, A^k, P^k. Else the scalar rule: b is k, which is to be scaled by writes (B, H, T), q by since
-(B, H, T) where there is a decay; totals (B, H, chunks), and squares X, P.
+CHANNELS: the generalised rule, with squares X, P^b, A^k, P^k, and q, b and k that have the decay inside the chunk in
+them, from and to its borders, and totals (B, H, chunks, K) across it; BOUNDED: from and to its middle, and totals
+(B, H, chunks, 2, K) of its two halves, and the states are those that decayed through the first half. Else the scalar
+rule, with squares X, P, and b is k, to be scaled by writes (B, H, T); where there is a decay, q is to be scaled by
+2^since (B, H, T), and totals (B, H, chunks) are log2 of what is left across a chunk.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ def forward_kernel(
     q, b, k, v, W, U, squares, since, writes, totals, first, o, u, states, last, T, H,
     q_n, q_t, q_h, b_n, b_t, b_h, k_n, k_t, k_h, v_n, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    CHANNELS: tl.constexpr, DECAYS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, BOUNDED: tl.constexpr, DECAYS: tl.constexpr, HAS_FIRST: tl.constexpr,
+    HAS_LAST: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o (B, T, H, V); with KEEP u (B, H, T, V) and the states before the chunks (B, H, chunks, V, K), padded. One
     program per sequence, head and BLOCK columns of v."""
@@ -63,7 +65,7 @@ def forward_kernel(
     u += head * T * V
     o += (n * T * H + h) * V
     squares += head * chunks * (squares_each * C * C)
-    totals += head * chunks * (K if CHANNELS else 1)
+    totals += head * chunks * (2 * K if BOUNDED else (K if CHANNELS else 1))
     since += head * T
     writes += head * T
     if CHANNELS:
@@ -82,6 +84,19 @@ def forward_kernel(
     for chunk in range(chunks):
         at = tl.cast(chunk, tl.int64) * C
         live = at + row < T
+        # Small loads come first: what is loaded behind a barrier is waited for.
+        if BOUNDED:
+            first_half = tl.load(totals + at // C * (2 * K) + i, mask=i < K, other=0.0)[None, :]
+            last_half = tl.load(totals + at // C * (2 * K) + K + i, mask=i < K, other=0.0)[None, :]
+        elif CHANNELS:
+            total = tl.load(totals + at // C * K + i, mask=i < K, other=0.0)[None, :]
+        else:
+            scale = tl.load(writes + at + row, mask=live, other=0.0)[None, :]
+            if DECAYS:
+                b_since = tl.exp2(tl.load(since + at + row, mask=live, other=0.0))[None, :]
+                total = tl.exp2(tl.load(totals + at // C))
+        if BOUNDED:
+            S *= first_half
         now = S.to(dtype)
         if KEEP:
             tl.store(states + at // C * (blocks * BLOCK * BLOCK_K), now)
@@ -93,23 +108,25 @@ def forward_kernel(
         b_u = tl.dot(now, tl.trans(b_W), tl.trans(b_U).to(tl.float32), input_precision=PRECISION)
         b_o = tl.dot(now, tl.trans(b_q), input_precision=PRECISION)
         if DECAYS and not CHANNELS:
-            b_o *= tl.load(since + at + row, mask=live, other=0.0)[None, :]
+            b_o *= b_since
         b_o = tl.dot(b_u.to(dtype), tl.trans(b_P), b_o, input_precision=PRECISION)
         if CHANNELS:
             b_k = load_rows(k + at * k_t, row, k_t, live, i, K, BLOCK_K)
             b_v = load_rows(v + at * v_t, row, v_t, live, j, V, BLOCK)
             b_Pk = load_square(squares + at * (squares_each * C) + 3 * C * C, C)
             b_o = tl.dot(tl.trans(b_v), tl.trans(b_Pk), b_o, input_precision=PRECISION)
-            S *= tl.load(totals + at // C * K + i, mask=i < K, other=0.0)[None, :]
+        if DECAYS and not BOUNDED:
+            S *= total
+        if CHANNELS:
             S = tl.dot(tl.trans(b_v), b_k, S, input_precision=PRECISION)
-        elif DECAYS:
-            S *= tl.load(totals + at // C)
         store_transposed(o + at * H * V, b_o, row, H * V, live, j, V, BLOCK)
         if KEEP:
             store_transposed(u + at * V, b_u, row, V, live, j, V, BLOCK)
         if not CHANNELS:
-            b_u *= tl.load(writes + at + row, mask=live, other=0.0)[None, :]
+            b_u *= scale
         S = tl.dot(b_u.to(dtype), b_b, S, input_precision=PRECISION)
+        if BOUNDED:
+            S *= last_half
     if HAS_LAST:
         tl.store(last + state, S, mask=inside)
 
@@ -119,8 +136,8 @@ def backward_kernel(
     q, b, W, squares, since, writes, totals, do, dlast, dr, dstates, dfirst, T, H,
     q_n, q_t, q_h, b_n, b_t, b_h, do_n, do_t, do_h, dr_n, dr_t, dr_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    CHANNELS: tl.constexpr, DECAYS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, BOUNDED: tl.constexpr, DECAYS: tl.constexpr, HAS_FIRST: tl.constexpr,
+    HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dr, and the gradients of the states after the chunks, laid out like `states` of the walk forward."""
     dtype = q.dtype.element_ty
@@ -136,7 +153,7 @@ def backward_kernel(
     dr += n * dr_n + h * dr_h
     W += head * T * K
     squares += head * chunks * (squares_each * C * C)
-    totals += head * chunks * (K if CHANNELS else 1)
+    totals += head * chunks * (2 * K if BOUNDED else (K if CHANNELS else 1))
     since += head * T
     writes += head * T
     row = tl.arange(0, C)
@@ -153,6 +170,18 @@ def backward_kernel(
         chunk = chunks - 1 - back
         at = tl.cast(chunk, tl.int64) * C
         live = at + row < T
+        if BOUNDED:
+            first_half = tl.load(totals + at // C * (2 * K) + i, mask=i < K, other=0.0)[None, :]
+            last_half = tl.load(totals + at // C * (2 * K) + K + i, mask=i < K, other=0.0)[None, :]
+        elif CHANNELS:
+            total = tl.load(totals + at // C * K + i, mask=i < K, other=0.0)[None, :]
+        else:
+            scale = tl.load(writes + at + row, mask=live, other=0.0)[None, :]
+            if DECAYS:
+                b_since = tl.exp2(tl.load(since + at + row, mask=live, other=0.0))[:, None]
+                total = tl.exp2(tl.load(totals + at // C))
+        if BOUNDED:
+            dS *= last_half
         now = dS.to(dtype)
         tl.store(dstates + at // C * (blocks * BLOCK * BLOCK_K), now)
         b_b = load_rows(b + at * b_t, row, b_t, live, i, K, BLOCK_K)
@@ -163,17 +192,18 @@ def backward_kernel(
         b_P = load_square(squares + at * (squares_each * C) + C * C, C)
         du = tl.dot(now, tl.trans(b_b), input_precision=PRECISION)
         if not CHANNELS:
-            du *= tl.load(writes + at + row, mask=live, other=0.0)[None, :]
+            du *= scale
         du = tl.dot(tl.trans(b_do), b_P, du, input_precision=PRECISION).to(dtype)
         b_dr = tl.dot(du, b_X, input_precision=PRECISION)
         store_transposed(dr + at * dr_t, b_dr, row, dr_t, live, j, V, BLOCK)
-        if CHANNELS:
-            dS *= tl.load(totals + at // C * K + i, mask=i < K, other=0.0)[None, :]
-        elif DECAYS:
-            dS *= tl.load(totals + at // C)
-            b_do = (b_do * tl.load(since + at + row, mask=live, other=0.0)[:, None]).to(dtype)
+        if DECAYS and not BOUNDED:
+            dS *= total
+        if DECAYS and not CHANNELS:
+            b_do = (b_do * b_since).to(dtype)
         dS = tl.dot(tl.trans(b_do), b_q, dS, input_precision=PRECISION)
         dS = tl.dot(du, b_W, dS, input_precision=PRECISION)
+        if BOUNDED:
+            dS *= first_half
     if HAS_FIRST:
         tl.store(dfirst + state, dS, mask=inside)
 

@@ -23,11 +23,14 @@ class Chunks(NamedTuple):
 
 
 def config(q: Tensor, v: Tensor) -> Config:
-    """Columns of v need nothing of each other: programs of few columns and warps wait less at barriers."""
+    """A warp for every 16 columns of v, which need nothing of each other, or for every 64 of k. With four warps and 64
+    columns come the products that Triton sometimes miscompiles."""
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    block = min(padded(v.shape[-1]), 32 if widest <= 128 else 16)
+    num_warps = max(block // 16, widest // 64)
     if q.dtype == torch.float32:
-        return Config(chunk=16, block=32 if widest <= 64 else 16, num_warps=2, num_stages=1)
-    return Config(chunk=32, block=32, num_warps=2, num_stages=2 if widest <= 128 else 1)
+        return Config(chunk=16, block=block, num_warps=num_warps, num_stages=1)
+    return Config(chunk=32, block=block, num_warps=num_warps, num_stages=3 if widest <= 64 else 2)
 
 
 def length(name: str, q: Tensor, v: Tensor, longest: int = 64) -> int:
@@ -47,6 +50,7 @@ def forward(
     *,
     decays: bool,
     channels: bool,
+    bounded: bool,
     return_state: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -60,7 +64,7 @@ def forward(
     walk_kernels.forward_kernel[(B * H * triton.cdiv(V, block),)](
         q, b, k, v, chunks.W, U, *chunks[1:], q if initial_state is None else initial_state.contiguous(), o, u, states,
         last, T, H, *q.stride()[:3], *b.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=C, CHANNELS=channels, DECAYS=decays,
+        K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=C, CHANNELS=channels, BOUNDED=bounded, DECAYS=decays,
         HAS_FIRST=initial_state is not None, HAS_LAST=return_state, KEEP=keep, PRECISION=precision(q),
         num_warps=setting.num_warps, num_stages=setting.num_stages,
     )  # fmt: skip
@@ -79,6 +83,7 @@ def backward(
     *,
     decays: bool,
     channels: bool,
+    bounded: bool,
 ) -> Tensor:
     """Fills dr (B, T, H, V), and dfirst if it has elements. Returns the gradients of the states after the chunks."""
     B, T, H, V = do.shape
@@ -89,7 +94,7 @@ def backward(
     walk_kernels.backward_kernel[(B * H * triton.cdiv(V, block),)](
         q, b, *chunks, do, q if dlast is None else dlast.contiguous(), dr, dstates, dfirst, T, H,
         *q.stride()[:3], *b.stride()[:3], *do.stride()[:3], *dr.stride()[:3],
-        K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=C, CHANNELS=channels, DECAYS=decays,
+        K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=C, CHANNELS=channels, BOUNDED=bounded, DECAYS=decays,
         HAS_FIRST=dfirst.shape[1] > 0, HAS_LAST=dlast is not None, PRECISION=precision(q),
         num_warps=setting.num_warps, num_stages=setting.num_stages,
     )  # fmt: skip
