@@ -45,8 +45,7 @@ def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor, *, impl: str | 
     check_shapes("answer_loss", hidden=(hidden, "MD"), weight=(weight, "VD"), answers=(answers, "M"))
     if answers.dtype != torch.int64:
         raise UnsupportedError(f"answer_loss: answers are {answers.dtype}; give torch.int64.")
-    # The fused kernels are not yet checked on a GPU: they run only where they are asked for by name.
-    module = backend(__name__, IMPLS, impl or "chunked", hidden.device)
+    module = backend(__name__, IMPLS, impl, hidden.device)
     # Autocast would take the logits in half precision.
     with torch.autocast(hidden.device.type, enabled=False):
         return AnswerLoss(*module.answer_loss(hidden, weight, answers))

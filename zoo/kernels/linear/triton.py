@@ -55,10 +55,22 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, has_bias: bool) -> Tensor:
 
 @torch.library.custom_op("zoo::linear_backward", mutates_args=())
 def _backward(x: Tensor, weight: Tensor, dy: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    groups, M, K = x.shape
-    N = weight.shape[1]
     x, dy = rows(x), dy.contiguous()
     dx = torch.bmm(dy, weight.to(dy.dtype))
+    dweight, dbias = weight_gradient(x, dy, has_bias)
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+@_backward.register_fake
+def _(x: Tensor, weight: Tensor, dy: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    groups, N, _ = weight.shape
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(groups, N if has_bias else 0)
+
+
+def weight_gradient(x: Tensor, dy: Tensor, has_bias: bool = False) -> tuple[Tensor, Tensor]:
+    """x (groups, M, K) with rows of one stride, dy (groups, M, N) contiguous -> dy^T x, and sums of dy, in fp32."""
+    groups, M, K = x.shape
+    N = dy.shape[2]
     config = configured("linear.weight", weight_config, x, N)
     n_blocks, k_blocks = triton.cdiv(N, config.block), triton.cdiv(K, min(128, padded(K)))
     blocks = triton.cdiv(M, config.chunk)
@@ -71,27 +83,22 @@ def _backward(x: Tensor, weight: Tensor, dy: Tensor, has_bias: bool) -> tuple[Te
         ROWS=config.chunk, COLUMNS=config.block, BLOCK_K=min(128, padded(K)), BIAS=has_bias,
         PRECISION=precision(x), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
-
-
-@_backward.register_fake
-def _(x: Tensor, weight: Tensor, dy: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    groups, N, _ = weight.shape
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(groups, N if has_bias else 0)
+    return dweight.sum(0), dbias.sum(0)
 
 
 def forward_config(x: Tensor, N: int) -> Config:
     """chunk: rows of x; block: columns of y."""
     if x.dtype == torch.float32:
         return Config(chunk=32, block=32, num_warps=4, num_stages=2)
-    return Config(chunk=128, block=min(128, padded(N)), num_warps=8, num_stages=2)
+    widest = 64 if x.shape[-1] <= 64 else 128
+    return Config(chunk=64, block=min(widest, padded(N)), num_warps=4, num_stages=3)
 
 
 def weight_config(x: Tensor, N: int) -> Config:
     """chunk: rows of x and dy at a time; block: rows of the weight."""
     if x.dtype == torch.float32:
         return Config(chunk=32, block=32, num_warps=4, num_stages=2)
-    return Config(chunk=64, block=min(64, padded(N)), num_warps=4, num_stages=4)
+    return Config(chunk=128, block=min(64, padded(N)), num_warps=4, num_stages=3)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -45,8 +45,7 @@ def long_conv(
             f"long_conv: u is {tuple(u.shape)} and kernel {tuple(kernel.shape)}; no axis may be empty."
         )
     check_shapes("long_conv", u=(u, "BTD"), past=(past, "BPD"))
-    # The fused kernels are not yet checked on a GPU: they run only where they are asked for by name.
-    module = backend(__name__, IMPLS, impl or "chunked", u.device)
+    module = backend(__name__, IMPLS, impl, u.device)
     # Autocast would take products in half precision.
     with torch.autocast(u.device.type, enabled=False):
         return module.long_conv(u, kernel, skip, gate, past)
