@@ -39,6 +39,7 @@ def test_several_blocks_and_programs(monkeypatch: pytest.MonkeyPatch, shapes: di
     fused = pytest.importorskip("zoo.kernels.gated_norm.triton")
     small = fused.Config(chunk=1, block=64, num_warps=4, num_stages=1)
     monkeypatch.setattr(fused, "config_of", lambda x: small)
+    monkeypatch.setattr(fused, "backward_config", lambda x: small)
     monkeypatch.setattr(fused, "PROGRAMS", 6)
     monkeypatch.setattr(fused, "SUMMING_PROGRAMS", 6)
     a = inputs(29, shapes, B=2, H=2, V=16)

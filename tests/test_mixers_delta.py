@@ -176,7 +176,7 @@ def test_initial_decays_of_gated_delta_net():
     dt = F.softplus(mixer.dt_bias)
     assert 1e-3 <= dt.min() < 2e-3
     assert 0.05 < dt.max() <= 0.1
-    torch.testing.assert_close(mixer.decay(torch.zeros(1, 1, D))[0, 0], -rate * dt)
+    torch.testing.assert_close(mixer.decay([torch.zeros(1, 1, 32)])[0, 0], -rate * dt)
 
 
 def test_initialisation_of_rwkv7():

@@ -102,7 +102,9 @@ def _folding(op: Any) -> Callable[..., tuple[Any, Any]]:
     """The rule of `fold_batch`."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        def fold(x: Any, dim: int | None) -> Any:
+        def fold(x: Any, dim: Any) -> Any:
+            if isinstance(x, list) and isinstance(dim, list):
+                return [fold(each, its) for each, its in zip(x, dim, strict=True)]
             if not isinstance(x, Tensor):
                 return x
             x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)

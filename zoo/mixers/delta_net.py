@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.delta_rule import delta_rule
 from zoo.kernels.gated_norm import gated_norm
+from zoo.kernels.projections import projections
 from zoo.kernels.short_conv import MAX_WIDTH, short_conv
 from zoo.mixers.base import LayerInfo, head_dim
 from zoo.mixers.recurrent import RecurrentMixer
-from zoo.mixers.widened import widened
 
 
 class DeltaNetState(NamedTuple):
@@ -68,23 +68,26 @@ class DeltaNet(RecurrentMixer):
 
     def mix(self, x: Tensor, state: DeltaNetState | None, return_state: bool) -> tuple[Tensor, DeltaNetState | None]:
         cache, S = (None, None) if state is None else state
+        qkv, beta, *others = projections(x, *(layer.weight for layer in self.layers()))
         qkv, cache = short_conv(
-            self.qkv(x), self.conv_weight, activation="silu", initial_state=cache, return_state=return_state
+            qkv, self.conv_weight, activation="silu", initial_state=cache, return_state=return_state
         )
         q, k, v = (y.unflatten(-1, (self.config.num_heads, -1)) for y in qkv.split(self.splits, dim=-1))
         q, k = normalize(q, self.key_dim**-0.5), normalize(k)
-        beta = torch.sigmoid(widened(self.beta.weight, x)[..., : self.config.num_heads]) * (
-            2 if self.config.allow_neg_eigval else 1
-        )
-        o, S = delta_rule(q, k, v, beta, self.decay(x), initial_state=S, return_state=return_state)
-        y = self.out(self.readout(o, x).flatten(2))
+        beta = torch.sigmoid(beta) * (2 if self.config.allow_neg_eigval else 1)
+        o, S = delta_rule(q, k, v, beta, self.decay(others), initial_state=S, return_state=return_state)
+        y = self.out(self.readout(o, others).flatten(2))
         return y, None if cache is None or S is None else DeltaNetState(cache, S)
 
-    def decay(self, x: Tensor) -> Tensor | None:
+    def layers(self) -> list[nn.Linear]:
+        """What is applied to x; the results of those after the first two go to `decay` and `readout`."""
+        return [self.qkv, self.beta]
+
+    def decay(self, projected: list[Tensor]) -> Tensor | None:
         """The log decay of each step and head (B, T, H), or None."""
         return None
 
-    def readout(self, o: Tensor, x: Tensor) -> Tensor:
+    def readout(self, o: Tensor, projected: list[Tensor]) -> Tensor:
         """What was read from the state, o (B, T, H, V), made ready for the output projection."""
         return gated_norm(o, None, self.norm_weight)
 

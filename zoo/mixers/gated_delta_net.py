@@ -12,7 +12,6 @@ from zoo.kernels.activation import activation
 from zoo.kernels.gated_norm import gated_norm
 from zoo.mixers.base import LayerInfo
 from zoo.mixers.delta_net import DeltaNet
-from zoo.mixers.widened import widened
 
 
 class GatedDeltaNet(DeltaNet):
@@ -43,9 +42,11 @@ class GatedDeltaNet(DeltaNet):
         for parameter in (self.A_log, self.dt_bias):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
-    def decay(self, x: Tensor) -> Tensor:
-        dt = widened(self.alpha.weight, x)[..., : self.config.num_heads]
-        return -self.A_log.exp() * activation(dt, self.dt_bias, "softplus")
+    def layers(self) -> list[nn.Linear]:
+        return [*super().layers(), self.alpha, *([] if self.gate is None else [self.gate])]
 
-    def readout(self, o: Tensor, x: Tensor) -> Tensor:
-        return gated_norm(o, None if self.gate is None else self.gate(x).view_as(o), self.norm_weight)
+    def decay(self, projected: list[Tensor]) -> Tensor:
+        return -self.A_log.exp() * activation(projected[0], self.dt_bias, "softplus")
+
+    def readout(self, o: Tensor, projected: list[Tensor]) -> Tensor:
+        return gated_norm(o, None if self.gate is None else projected[1].view_as(o), self.norm_weight)

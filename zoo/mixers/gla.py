@@ -11,6 +11,7 @@ from zoo.kernels.activation import activation
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.linear_recurrence import linear_recurrence
+from zoo.kernels.projections import projections
 from zoo.mixers.base import LayerInfo, head_dim
 from zoo.mixers.recurrent import RecurrentMixer
 
@@ -51,10 +52,11 @@ class GLA(RecurrentMixer):
 
     def mix(self, x: Tensor, state: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor | None]:
         H = self.config.num_heads
-        g = F.linear(self.decay_down(x), self.decay_up.weight)
-        g = activation(g, self.decay_up.bias, "logsigmoid", scale=1 / 16)
-        q, k, v, g = (y.unflatten(-1, (H, -1)) for y in (self.q(x), self.k(x), self.v(x), g))
+        layers = (self.q, self.k, self.v, self.gate, self.decay_down)
+        q, k, v, gate, low = projections(x, *(layer.weight for layer in layers))
+        g = activation(F.linear(low, self.decay_up.weight), self.decay_up.bias, "logsigmoid", scale=1 / 16)
+        q, k, v, gate, g = (y.unflatten(-1, (H, -1)) for y in (q, k, v, gate, g))
         o, state = linear_recurrence(q, k, v, g, initial_state=state, return_state=return_state)
         # The norm undoes a scale of q, but for its eps.
-        o = gated_norm(o, self.gate(x).view_as(o), self.norm_weight, eps=1e-5 * self.key_dim)
+        o = gated_norm(o, gate, self.norm_weight, eps=1e-5 * self.key_dim)
         return self.out(o.flatten(2)), state

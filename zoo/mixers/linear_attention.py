@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.linear_recurrence import linear_recurrence
+from zoo.kernels.projections import projections
 from zoo.mixers.base import LayerInfo, head_dim
 from zoo.mixers.feature_maps import FEATURE_MAPS, FeatureMapName
 from zoo.mixers.recurrent import RecurrentMixer
@@ -62,7 +63,8 @@ class LinearAttention(RecurrentMixer):
     ) -> tuple[Tensor, LinearAttentionState | None]:
         H = self.config.num_heads
         keys = H * self.key_dim
-        q, k, v = (y.unflatten(-1, (H, -1)) for y in self.qkv(x).split([keys, keys, self.layer.d_model], dim=-1))
+        weights = self.qkv.weight.split([keys, keys, self.layer.d_model])
+        q, k, v = (y.unflatten(-1, (H, -1)) for y in projections(x, *weights))
         q, k = self.map_q(q), self.map_k(k)
         S, z_0 = (None, None) if state is None else state
         o, S = linear_recurrence(q, k, v, initial_state=S, return_state=return_state)

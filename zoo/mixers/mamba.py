@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from zoo.kernels.activation import activation
 from zoo.kernels.backend import state_dtype
+from zoo.kernels.projections import projections
 from zoo.kernels.selective_scan import selective_scan
 from zoo.kernels.short_conv import MAX_WIDTH, short_conv
 from zoo.mixers.base import LayerInfo
@@ -80,7 +81,7 @@ class Mamba(RecurrentMixer):
 
     def mix(self, x: Tensor, state: MambaState | None, return_state: bool) -> tuple[Tensor, MambaState | None]:
         cache, ssm = (None, None) if state is None else state
-        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, z = projections(x, *self.in_proj.weight.chunk(2))
         x, cache = short_conv(
             x, self.conv_weight, self.conv_bias, "silu", initial_state=cache, return_state=return_state
         )

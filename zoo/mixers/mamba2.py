@@ -14,11 +14,11 @@ from zoo.kernels.activation import activation
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.linear_recurrence import linear_recurrence
+from zoo.kernels.projections import projections
 from zoo.kernels.shared_keys import shared_keys
 from zoo.kernels.short_conv import short_conv
 from zoo.mixers.base import LayerInfo
 from zoo.mixers.recurrent import RecurrentMixer
-from zoo.mixers.widened import WIDTH, widened
 
 
 class Mamba2State(NamedTuple):
@@ -85,7 +85,7 @@ class Mamba2(RecurrentMixer):
     def mix(self, x: Tensor, state: Mamba2State | None, return_state: bool) -> tuple[Tensor, Mamba2State | None]:
         G, N, H = self.config.num_groups, self.config.d_state, self.num_heads
         cache, ssm = (None, None) if state is None else state
-        z, xBC, dt, _ = widened(self.in_proj.weight, x).split([*self.splits, -sum(self.splits) % WIDTH], dim=-1)
+        z, xBC, dt = projections(x, *self.in_proj.weight.split(self.splits))
         xBC, cache = short_conv(
             xBC, self.conv_weight, self.conv_bias, "silu", initial_state=cache, return_state=return_state
         )

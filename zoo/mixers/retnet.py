@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.linear_recurrence import linear_recurrence
+from zoo.kernels.projections import projections
 from zoo.mixers.base import LayerInfo, head_dim
 from zoo.mixers.recurrent import RecurrentMixer
 
@@ -49,9 +50,10 @@ class RetNet(RecurrentMixer):
 
     def mix(self, x: Tensor, state: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor | None]:
         H = self.config.num_heads
-        q, k, v = (linear(x).unflatten(-1, (H, -1)) for linear in (self.q, self.k, self.v))
+        projected = projections(x, *(layer.weight for layer in (self.q, self.k, self.v, self.gate)))
+        q, k, v, gate = (y.unflatten(-1, (H, -1)) for y in projected)
         decay = torch.log1p(-(2.0 ** (-5 - torch.arange(H, dtype=state_dtype(x.dtype), device=x.device))))
         o, state = linear_recurrence(q, k, v, decay, initial_state=state, return_state=return_state)
         # The norm undoes a scale of q, but for its eps.
-        o = gated_norm(o, self.gate(x).view_as(o), eps=1e-6 * self.key_dim)
+        o = gated_norm(o, gate, eps=1e-6 * self.key_dim)
         return self.out(o.flatten(2)), state

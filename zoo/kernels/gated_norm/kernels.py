@@ -90,7 +90,7 @@ def backward_kernel(
     factor = tl.full([BLOCK_V], 1.0, tl.float32) * scale
     if WEIGHT:
         factor *= _load_weight(weight, at, column, V)
-    zeros = tl.zeros([BLOCK_V], tl.float32)
+    zeros = tl.zeros([ROWS, BLOCK_V], tl.float32)
     dweight, dbias, dskip_weight = zeros, zeros, zeros
     for step in range(steps):
         row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
@@ -115,9 +115,9 @@ def backward_kernel(
             dz = slope * normed
             slope *= z * sigmoid
         if WEIGHT:
-            dweight += tl.sum(slope * unit, 0) * scale
+            dweight += slope * unit * scale
         if BIAS:
-            dbias += tl.sum(slope, 0)
+            dbias += slope
         slope *= factor[None, :]
         change = slope - unit * (tl.sum(slope * unit, 1) / V)[:, None]
         if not RMS:
@@ -131,13 +131,13 @@ def backward_kernel(
             _store(dgate, dz, group, token, head, column, live, M, H, V)
         _store(dx, change, group, token, head, column, live, M, H, V)
         if SKIP:
-            dskip_weight += tl.sum(change * through, 0)
+            dskip_weight += change * through
             through_slope = change * _load_weight(skip_weight, at, column, V)[None, :]
             _store(dskip, through_slope, group, token, head, column, live, M, H, V)
     to = sums + tl.program_id(0) * 3 * V + column
     if WEIGHT:
-        tl.store(to, dweight, mask=column < V)
+        tl.store(to, tl.sum(dweight, 0), mask=column < V)
     if BIAS:
-        tl.store(to + V, dbias, mask=column < V)
+        tl.store(to + V, tl.sum(dbias, 0), mask=column < V)
     if SKIP:
-        tl.store(to + 2 * V, dskip_weight, mask=column < V)
+        tl.store(to + 2 * V, tl.sum(dskip_weight, 0), mask=column < V)

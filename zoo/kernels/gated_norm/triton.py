@@ -16,7 +16,7 @@ from zoo.kernels.launch import Config, check_launch, configured, empty_like, fol
 
 # Programs: enough to keep the memory of a GPU busy, and, where each leaves a sum of its own, not many more.
 PROGRAMS = 16384
-SUMMING_PROGRAMS = 2048
+SUMMING_PROGRAMS = 8192
 
 
 def gated_norm(
@@ -97,7 +97,7 @@ def _backward(
     tensors, strides, options = _prepared((x, gate, skip), weights, rms, gate_first)
     gradients = [empty_like(t, x) for t in (x, gate, skip)]
     dy = rows(dy)
-    programs, launch = _launch(x, options["HEADS"], configured("gated_norm.backward", config_of, x), SUMMING_PROGRAMS)
+    programs, launch = _launch(x, options["HEADS"], configured("gated_norm.backward", backward_config, x), SUMMING_PROGRAMS)
     sums = torch.empty(
         len(x), options["HEADS"], launch["split"][2], 3, x.shape[3], dtype=torch.float32, device=x.device
     )
@@ -143,6 +143,10 @@ def _(
 def config_of(x: Tensor) -> Config:
     """block: elements of a program's block; chunk is unused."""
     return Config(chunk=1, block=2048, num_warps=4, num_stages=1)
+
+
+def backward_config(x: Tensor) -> Config:
+    return Config(chunk=1, block=1024, num_warps=2, num_stages=1)
 
 
 def _prepared(
