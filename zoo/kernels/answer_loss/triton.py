@@ -14,6 +14,7 @@ from torch import Tensor
 from zoo.errors import UnsupportedError
 from zoo.kernels.answer_loss import kernels
 from zoo.kernels.launch import Config, check_launch, configured, fold_batch, padded, precision, rows
+from zoo.kernels.parts import sum_parts
 
 LARGEST_HIDDEN = 512
 # Enough to occupy a GPU of 132 multiprocessors, and not so many that the parts cost more than they gain.
@@ -89,7 +90,7 @@ def _backward(hidden: Tensor, weight: Tensor, answers: Tensor, log_sum: Tensor, 
         D=D, BLOCK_D=padded(D), ROWS=config.chunk, COLUMNS=config.block, PRECISION=precision(hidden),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return _sum(dhidden, hidden), _sum(dweight, weight)
+    return sum_parts(dhidden[None], hidden.dtype).squeeze(0), sum_parts(dweight[None], weight.dtype).squeeze(0)
 
 
 @_backward.register_fake
@@ -126,7 +127,3 @@ def _split(blocks: int, steps: int) -> tuple[int, int]:
     """Steps of a part, and parts, so that there are about PROGRAMS programs."""
     each = triton.cdiv(steps, min(steps, max(1, PROGRAMS // blocks)))
     return each, triton.cdiv(steps, each)
-
-
-def _sum(parts: Tensor, like: Tensor) -> Tensor:
-    return parts.squeeze(0) if len(parts) == 1 else parts.sum(0).to(like.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zoo.errors import UnsupportedError
 from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows
+from zoo.kernels.parts import sum_parts
 from zoo.kernels.selective_scan import kernels
 
 # Threads of a warp side by side over channels; the others share a channel's states. More make the sums over states
@@ -135,16 +136,16 @@ def _backward(
     dfirst = parts(batch, channels, N) if has_first else parts(batch, 0)
     kernels.backward_kernel[(batch * blocks,)](
         *tensors, kept, dy, x if dlast is None else dlast.contiguous(), dx, ddt, dA, dB, dC, dD, dz, dfirst,
-        T, batch // groups, batch * T * N, *strides, *dy.stride()[:2], **options,
+        T, batch // groups, batch * T * N, *strides, dy.stride(0), dy_t=dy.stride(1), **options,
         HAS_FIRST=has_first, HAS_LAST=dlast is not None,
     )  # fmt: skip
 
     def over_group(part: Tensor, like: Tensor) -> Tensor:
-        return part.unflatten(0, (groups, -1)).sum(1).to(like.dtype)
+        return sum_parts(part.unflatten(0, (groups, -1)), like.dtype)
 
     ddt = ddt if by_step[0] else over_group(ddt, dt)
     dB, dC = (
-        (part.sum(0) if blocks > 1 else part[0]).to(M.dtype) if steps else over_group(part, M)
+        sum_parts(part[None], M.dtype).squeeze(0) if steps else over_group(part, M)
         for part, M, steps in ((dB, B, by_step[1]), (dC, C, by_step[2]))
     )
     return dx, ddt, over_group(dA, A), dB, dC, dD if D is None else over_group(dD, D), dz, dfirst
@@ -225,7 +226,8 @@ def _prepared(
     options |= {"ROWS": config.block // lanes, "LANES": lanes, "S": config.chunk}
     options |= {"DT_BY_STEP": by_step[0], "B_BY_STEP": by_step[1], "C_BY_STEP": by_step[2]}
     options |= {"HAS_SKIP": D is not None, "HAS_GATE": z is not x}
-    strides = tuple(stride for M in (x, dt, B, C, z) for stride in M.stride()[:2])
+    strides = tuple(M.stride(0) for M in (x, dt, B, C, z))
+    options |= {f"{name}_t": M.stride(1) for name, M in (("x", x), ("dt", dt), ("B", B), ("C", C), ("z", z))}
     tensors = (x, dt, A.contiguous(), B, C, x if D is None else D.contiguous(), z)
     return tensors, strides, options | {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
