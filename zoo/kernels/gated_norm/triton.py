@@ -97,7 +97,8 @@ def _backward(
     tensors, strides, options = _prepared((x, gate, skip), weights, rms, gate_first)
     gradients = [empty_like(t, x) for t in (x, gate, skip)]
     dy = rows(dy)
-    programs, launch = _launch(x, options["HEADS"], configured("gated_norm.backward", backward_config, x), SUMMING_PROGRAMS)
+    config = configured("gated_norm.backward", backward_config, x)
+    programs, launch = _launch(x, options["HEADS"], config, SUMMING_PROGRAMS)
     sums = torch.empty(
         len(x), options["HEADS"], launch["split"][2], 3, x.shape[3], dtype=torch.float32, device=x.device
     )
