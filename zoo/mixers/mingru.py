@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo.kernels.backend import state_dtype
+from zoo.kernels.mingru import mingru_inputs
 from zoo.kernels.selective_scan import selective_scan
 from zoo.mixers.base import LayerInfo
 from zoo.mixers.recurrent import RecurrentMixer
@@ -44,13 +43,11 @@ class MinGRU(RecurrentMixer):
 
     def mix(self, x: Tensor, state: MinGRUState | None, return_state: bool) -> tuple[Tensor, MinGRUState | None]:
         gate, candidate = self.in_proj(x).chunk(2, dim=-1)
-        # Below 1e-30, where fp32 ends, the quotient is 1.
-        dt = F.softplus(gate.to(state_dtype(gate.dtype))).clamp(min=1e-30)
         # The scan multiplies its input by dt.
-        z_over_dt = -torch.expm1(-dt) / dt
+        x, dt = mingru_inputs(candidate, gate)
         one = dt.new_ones(dt.shape[-1], 1)
         y, h = selective_scan(
-            (candidate * z_over_dt).to(candidate.dtype),
+            x,
             dt,
             -one,
             one,
