@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from zoo.errors import ConfigError, PluginError, UnsupportedError
 from zoo.record import Epoch, Failure, Outcome, Provenance, Record
 from zoo.registry import load_plugins
+from zoo.rehearse import rehearsing
 
 if TYPE_CHECKING:
     from zoo.config import Trial
@@ -167,11 +168,12 @@ class InlineExecutor:
 
         threads = torch.get_num_threads()
         try:
-            for pack in packs:
-                for job in pack:
-                    listener.started(job)
-                for job, record in zip(pack, execute(pack, self.setting, listener.epoch), strict=True):
-                    listener.finished(job, record)
+            with rehearsing(packs, self.setting):
+                for pack in packs:
+                    for job in pack:
+                        listener.started(job)
+                    for job, record in zip(pack, execute(pack, self.setting, listener.epoch), strict=True):
+                        listener.finished(job, record)
         finally:
             torch.set_num_threads(threads)
 
