@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +34,20 @@ def test_chunked_is_the_reference(T, window, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize(("Tq", "Tk"), [(1, 9), (17, 17), (4, 11)])
+def test_a_pack_of_attentions_is_one_call(Tq, Tk, window):
+    """As it runs on a GPU; where FlashAttention does not apply, as here, the op computes the same in plain torch."""
+    packs = [torch.stack(rows) for rows in zip(*(inputs(Tq, Tk, seed=seed) for seed in range(3)), strict=True)]
+    packs = [pack.detach().requires_grad_() for pack in packs]
+    flash = partial(causal_attention, window=window, impl="flash")
+    o = torch.func.vmap(flash)(*packs)
+    each = torch.stack([causal_attention(*rows, window=window, impl="reference") for rows in zip(*packs, strict=True)])
+    torch.testing.assert_close(o, each, rtol=1e-9, atol=1e-11)
+    gradients = (torch.autograd.grad(y.square().sum(), packs) for y in (o, each))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("G", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 3, 8])
 @pytest.mark.parametrize(("Tq", "Tk"), [(1, 9), (3, 5), (40, 41), (40, 47), (40, 60)])
@@ -40,6 +56,20 @@ def test_queries_at_the_end_of_more_keys_and_shared_key_heads(Tq, Tk, window, G,
     arguments = inputs(Tq, Tk, H=4, G=G, V=3)
     expected = outputs_and_gradients(arguments, window=window, scale=0.7, impl="reference")
     found = outputs_and_gradients(arguments, window=window, scale=0.7, impl="chunked")
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_queries_at_positions_are_those_of_the_whole(window, impl):
+    q, k, v = inputs(13, H=4, G=2, V=3)
+    positions = torch.tensor([[12, 0, 5, 5], [1, 7, 3, 2]])
+    at = positions[..., None, None].expand(-1, -1, *q.shape[2:])
+    whole = causal_attention(q, k, v, window=window, impl="reference").gather(1, at[..., : v.shape[3]])
+    slope = torch.linspace(-1, 1, whole.numel(), dtype=whole.dtype).reshape(whole.shape)
+    expected = whole, *torch.autograd.grad((whole * slope).sum(), (q, k, v))
+    o = causal_attention(q.gather(1, at), k, v, window=window, positions=positions, impl=impl)
+    found = o, *torch.autograd.grad((o * slope).sum(), (q, k, v))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 

@@ -210,7 +210,7 @@ def time_steps(
     device, data, batch = setting.device, trials[0].data, trials[0].training.batch_size
     some = [entry.model_copy(update={"examples": min(entry.examples, _STEPS * batch)}) for entry in data.train]
     short = [lasting(trial, _FIRST_EPOCHS) for trial in trials]
-    runs = [Run.of(trial, build_model(trial.model, data, trial.seed, device)) for trial in short]
+    runs = [Run(trial, build_model(trial.model, data, trial.seed, device)) for trial in short]
     fit = Fit(
         runs,
         load_slices(some, data.seed, "train", device),

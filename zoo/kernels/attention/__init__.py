@@ -18,13 +18,15 @@ def causal_attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    positions: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Softmax attention to the past.
 
         o_t = sum_s p_ts v_s,  p_t = softmax_s(scale q_t^T k_s),  over s <= t, and over s > t - window with a window.
 
-    The queries stand at the last Tq of the Tk key positions: a decode step passes one query with all it may look at.
+    The queries stand at the last Tq of the Tk key positions, a decode step passes one query with all it may look at; or
+    each stands where `positions` says.
 
     Args:
         q: (B, Tq, H, K).
@@ -32,6 +34,7 @@ def causal_attention(
         v: (B, Tk, G, V).
         window: how many keys a query sees, itself among them; None for all.
         scale: of the scores; None for K**-0.5.
+        positions: (B, Tq), the queries' positions t among the keys, in any order; no fused kernel takes them.
         impl: "reference", "chunked", "flash", or None to choose by device.
 
     Returns:
@@ -43,8 +46,8 @@ def causal_attention(
     References:
         arXiv 1706.03762, eq. 1. The window: 2004.05150, section 3.1. Grouped key heads: 2305.13245.
     """
-    sizes = check_shapes("causal_attention", k=(k, "BSGK"), v=(v, "BSGV"), q=(q, "BTHK"))
-    if sizes["T"] > sizes["S"]:
+    sizes = check_shapes("causal_attention", k=(k, "BSGK"), v=(v, "BSGV"), q=(q, "BTHK"), positions=(positions, "BT"))
+    if sizes["T"] > sizes["S"] and positions is None:
         raise UnsupportedError(
             f"causal_attention: {sizes['T']} queries but {sizes['S']} keys; every query needs its own key."
         )
@@ -58,6 +61,11 @@ def causal_attention(
         )
     if scale is None:
         scale = sizes["K"] ** -0.5
-    if impl is None and q.is_cuda:
+    if impl is None and q.is_cuda and positions is None:
         impl = "flash"
-    return backend(__name__, IMPLS, impl, q.device).causal_attention(q, k, v, window=window, scale=scale)
+    module = backend(__name__, IMPLS, impl, q.device)
+    if positions is None:
+        return module.causal_attention(q, k, v, window=window, scale=scale)
+    if impl == "flash":
+        raise UnsupportedError("causal_attention: the flash backend takes no positions; pass impl='chunked'.")
+    return module.attention_at(q, k, v, positions, window=window, scale=scale)

@@ -29,6 +29,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, sca
     return torch.cat([first, later.unflatten(0, (len(q), -1)).flatten(1, 2)], dim=1)[:, :Tq]
 
 
+def attention_at(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, window: int | None, scale: float) -> Tensor:
+    query, key = positions[:, None, :, None], torch.arange(k.shape[1], device=k.device)
+    mask = key <= query if window is None else (key <= query) & (key > query - window)
+    return _masked(q, k, v, mask, False, scale)
+
+
 def _blocks(x: Tensor, block: int) -> Tensor:
     """(B, T, H, K) -> (B, blocks, block, H, K), with zeros after the end."""
     return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % block)).unflatten(1, (-1, block))
@@ -46,6 +52,10 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) ->
         mask = ahead <= 0
         if window is not None:
             mask &= ahead > -window
+    return _masked(q, k, v, mask, causal, scale)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

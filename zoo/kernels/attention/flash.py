@@ -1,7 +1,7 @@
 """On a GPU: FlashAttention as torch has it (arXiv 2307.08691), windows included; plain torch where it does not apply.
 
-torch's own call has no rule for vmap that holds on all backends, and no window. So this is an op of its own: what a pack
-stacks is folded into the batch.
+torch's own call has no rule for vmap that holds on all backends, and no window. So this is an op of its own: what a
+pack stacks is folded into the batch.
 """
 
 from __future__ import annotations
@@ -79,14 +79,15 @@ def _left(window: int | None) -> int:
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """FlashAttention adds up dq in a fixed order."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory: Any = torch.utils.deterministic
+    before, filled = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    memory.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(before)
+        memory.fill_uninitialized_memory = filled
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
