@@ -146,6 +146,12 @@ class PrefillDropsLast(Sound):
         return y, GatedState(h, torch.zeros_like(last))
 
 
+class AsksTheNext(Sound):
+    def forward_at(self, x: Tensor, positions: Tensor) -> Tensor | None:
+        after = (positions + 1).clamp(max=x.shape[1] - 1)
+        return self(x).gather(1, after[..., None].expand(-1, -1, x.shape[2]))
+
+
 class UnnamedState(Sound):
     def step(self, x_t, state):
         y_t, state = super().step(x_t, GatedState(*state))

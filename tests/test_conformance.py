@@ -22,6 +22,7 @@ GRADIENT_CAUSALITY = "causality of gradients"
 SCAN = "forward is scan of step"
 PREFILL = "prefill then step is forward"
 SEGMENTS = "prefill in segments is forward"
+AT = "forward at is forward"
 BATCH_FIRST = "state is batch first"
 ROUND_TRIP = "state round trip"
 MEMORY = "no memory outside state"
@@ -65,6 +66,7 @@ BROKEN = [
         {PREFILL, SEGMENTS},
         "prefill of 1 tokens and 8 steps, against forward: positions 1, 2, 3, 4",
     ),
+    (broken.AsksTheNext, {AT}, "forward_at, against forward at those positions: all 5 positions differ"),
     (broken.UnnamedState, {BATCH_FIRST}, "the state after a step holds {'0': 'torch.float32 on cpu'"),
     (broken.BatchLast, {BATCH_FIRST, SIZE}, "state tensor 'h' of init_state has shape (16, 3); its first axis must be"),
     (broken.RandomConstant, {ROUND_TRIP}, "a fresh module with the saved weights and state, against going on"),

@@ -18,6 +18,7 @@ from zoo.evaluate import load_slices
 from zoo.executors import Job, Setting, execute
 from zoo.fit import mean_loss
 from zoo.kernels.adamw import adamw, unbiasing
+from zoo.mixers import LayerInfo, Mixer
 from zoo.model import Model, build_model
 from zoo.optimizer import Moments, OneByOne, Stacked, decayed
 from zoo.pack import Pack
@@ -53,11 +54,11 @@ def test_members_that_end_early_leave_the_others_as_they_are() -> None:
     assert comparable(fast) == comparable(run_trial(one(1e-2, stop_accuracy=enough)))
 
 
-class Plain(torch.nn.Module):
+class Plain(Mixer):
     """A mixer as an author writes it who has never heard of packs."""
 
     def __init__(self, d_model: int) -> None:
-        super().__init__()
+        super().__init__(Mixer.Config(), LayerInfo(d_model))
         self.mix = torch.nn.Linear(d_model, d_model)
         self.register_buffer("scale", torch.rand(d_model))
 
@@ -73,7 +74,7 @@ def test_a_batched_pack_computes_what_its_members_compute(mixer: str) -> None:
     if mixer == "plain":
         for seed, model in enumerate(models):
             torch.manual_seed(seed)
-            model.blocks[1].mixer = Plain(16).double()  # type: ignore[assignment]
+            model.blocks[1].mixer = Plain(16).double()
     part = load_slices(config.data.train, 0, "train", "cpu")[0]
     inputs = [x[:12].unflatten(0, (3, 4)) for x in part[1:]]
 

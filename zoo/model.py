@@ -95,11 +95,12 @@ class Model(nn.Module):
         """tokens (B, T), positions (B, Q) -> the head's input at those positions (B, Q, D)."""
         x, normed = _join(self._embed(tokens), None, self.blocks[0].norm)
         for block, after in zip(self.blocks, [*self.blocks[1:], None], strict=True):
-            mixed: Tensor = block.mixer(normed)
-            branch: Tensor | None = mixed
+            branch: Tensor | None
             if after is None:
                 # What follows looks at each position alone, so only the asked ones go on.
-                x, branch = joined_rows(x, mixed, positions), None
+                x, branch = _asked(block.mixer, x, normed, positions), None
+            else:
+                branch = block.mixer(normed)
             if block.mlp is not None and block.mlp_norm is not None:
                 x, normed = _join(x, branch, block.mlp_norm)
                 branch = block.mlp(normed)
@@ -154,6 +155,14 @@ class Model(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         x = token_embedding(tokens, self.embedding.weight)
         return x if self.positions is None else x + self.positions.weight[: tokens.shape[1]]
+
+
+def _asked(mixer: Mixer, x: Tensor, normed: Tensor, positions: Tensor) -> Tensor:
+    """x + mixer(normed) at positions (B, Q): (B, Q, D)."""
+    y = mixer.forward_at(normed, positions)
+    if y is None:
+        return joined_rows(x, mixer(normed), positions)
+    return x.gather(1, positions[..., None].expand_as(y)) + y
 
 
 def _join(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm | nn.RMSNorm) -> ResidualNorm:

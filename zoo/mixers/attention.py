@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zoo.errors import ConfigError
 from zoo.kernels.attention import causal_attention
@@ -70,6 +71,18 @@ class Attention(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
         return self.attend(self.turn(q), self.turn(k), v)
+
+    def forward_at(self, x: Tensor, positions: Tensor) -> Tensor | None:
+        # The fused kernel of a GPU takes all queries, and `rotate` consecutive positions.
+        if self.rotary or x.is_cuda:
+            return None
+        queries = self.num_heads * self.head_dim
+        weight_q, weight_kv = self.qkv.weight.tensor_split([queries])
+        bias_q, bias_kv = self.qkv.bias.tensor_split([queries])
+        asked = x.gather(1, positions[..., None].expand(-1, -1, x.shape[2]))
+        q = F.linear(asked, weight_q, bias_q).unflatten(-1, (self.num_heads, -1))
+        k, v = F.linear(x, weight_kv, bias_kv).unflatten(-1, (2, self.num_kv_heads, -1)).unbind(2)
+        return self.out(causal_attention(q, k, v, window=self.window, positions=positions).flatten(2))
 
     def init_state(self, batch_size: int) -> KVCache:
         nothing = self.qkv.weight.new_empty(batch_size, 0, self.num_kv_heads, self.head_dim)

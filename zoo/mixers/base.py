@@ -66,6 +66,13 @@ class Mixer(nn.Module):
         """The parallel form: x (B, T, D) -> y (B, T, D), y_t a function of x_1..x_t only."""
         raise NotImplementedError
 
+    def forward_at(self, x: Tensor, positions: Tensor) -> Tensor | None:
+        """`forward(x)` at positions (B, Q) alone, (B, Q, D), where that costs less than all of it; else None.
+
+        Of the last layer a model needs no more. A mixer that defines only `forward` is as right.
+        """
+        return None
+
     def init_state(self, batch_size: int) -> State:
         """The state before the first token, on the parameters' device: tensors whose first axis is `batch_size`."""
         raise NotImplementedError

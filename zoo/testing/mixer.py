@@ -25,6 +25,7 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
         recurrence_checks.forward_is_scan_of_step,
         recurrence_checks.prefill_then_step_is_forward,
         recurrence_checks.prefill_in_segments_is_forward,
+        recurrence_checks.forward_at_is_forward,
         recurrence_checks.state_is_batch_first,
         recurrence_checks.state_round_trip,
         recurrence_checks.no_memory_outside_state,

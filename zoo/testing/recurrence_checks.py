@@ -181,6 +181,23 @@ def _errors(s: Subject, errors: list[float]) -> str:
 
 
 @torch.no_grad()
+def forward_at_is_forward(s: Subject) -> str:
+    """forward_at, where the mixer has it, gives what forward gives at those positions."""
+    errors = []
+    for dtype in s.dtypes:
+        mixer, x = s.build(dtype=dtype), s.input(dtype=dtype)
+        # In no order, one of them twice, the ends among them.
+        asked = torch.tensor([[5, 0, s.length - 1, 40, 5], [0, 1, 2, 3, 4]], device=x.device)
+        positions = asked[torch.arange(s.batch) % 2]
+        y = mixer.forward_at(x, positions)
+        if y is None:
+            return "the mixer has no form of its own for single positions"
+        want = mixer(x).gather(1, positions[..., None].expand(-1, -1, x.shape[2]))
+        errors.append(require_close(y, want, "two forms", "forward_at, against forward at those positions", dtype))
+    return f"5 positions, {_errors(s, errors)}"
+
+
+@torch.no_grad()
 def state_is_batch_first(s: Subject) -> str:
     """The state is tensors, the same ones at any time, their first axis the batch: its rows can be reordered."""
     mixer, x, n = s.build(), s.input(), s.length // 2
