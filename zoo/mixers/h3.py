@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from zoo.errors import ConfigError
 from zoo.kernels.long_conv import long_conv
+from zoo.kernels.outer_product import outer_product, read_product
 from zoo.mixers.base import LayerInfo
 from zoo.mixers.recurrent import RecurrentMixer
 from zoo.mixers.s4d import DiagonalSSM
@@ -62,9 +63,9 @@ class H3(RecurrentMixer):
         shifted = long_conv(k, self.shift, self.shift_D, past=past)
         # The heads stand last, being many where a head has few channels.
         q, shifted, v = (y.unflatten(-1, (K, -1)) for y in (q, shifted, v))
-        kv_BTKKH = shifted[:, :, :, None] * v[:, :, None]
+        kv_BTKKH = outer_product(shifted, v)
         y, diagonal = self.diagonal(kv_BTKKH.flatten(2, 3), diagonal, return_state)
-        y = (q[:, :, :, None] * y.view_as(kv_BTKKH)).sum(2)
+        y = read_product(q, y.view_as(kv_BTKKH))
         y = self.out_proj(y.flatten(2))
         if diagonal is None:
             return y, None
