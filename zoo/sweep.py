@@ -314,7 +314,12 @@ def _resolve_device(device: str | None, executor: str) -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that zoo runs from, `+dirty` when files differ from it; None outside a checkout."""
+    """The commit of the checkout that zoo runs from, `+dirty` when files differ from it; None outside a checkout.
+
+    ZOO_COMMIT names it where the code was copied without its history, as into a container.
+    """
+    if "ZOO_COMMIT" in os.environ:
+        return os.environ["ZOO_COMMIT"]
     root = Path(__file__).resolve().parent.parent
     git = shutil.which("git")
     if git is None or not (root / ".git").exists():
