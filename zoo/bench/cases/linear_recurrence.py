@@ -78,14 +78,22 @@ def _rwkv6() -> Op:
 
 
 def _configs(shape: Shape, kind: str) -> dict[str, list[Config]]:
+    walks = ["64 64 4 1", "64 64 4 2", "64 64 4 3", "64 64 8 2", "64 32 4 3", "32 64 4 2", "32 64 4 3", "32 32 2 3"]
+    chunks = [f"{chunk} {block} {num_warps} 1" for chunk in (16, 32) for block in (32, 64) for num_warps in (1, 2, 4)]
     if kind == "channel":
-        tried = ["16 64 4 1", "16 64 4 2", "16 64 2 2", "16 32 4 2", "16 32 2 1", "16 32 2 2", "16 32 1 2"]
-        tried += ["32 64 4 2", "32 64 8 2", "32 32 4 2"]
+        # Once a chunk is chosen, by the first kernel, the others have it too.
+        tried = {"prepare": chunks, "forward": walks[:5], "carry_backward": walks[:5], "chunks_backward": chunks[6:]}
     else:
-        tried = ["64 64 4 1", "64 64 4 2", "64 64 4 3", "64 64 8 2", "64 32 4 2", "64 32 2 2", "32 64 4 2", "32 64 2 2"]
-        tried += ["32 32 2 2", "128 64 8 2"]
-    configs = [Config(*map(int, c.split())) for c in tried]
-    return {f"linear_recurrence.{kind}_{which}": configs for which in ("forward", "backward")}
+        tried = {
+            "forward": walks,
+            "walk_backward": walks[:4],
+            "carry_backward": walks[:5],
+            "chunks_backward": chunks[6:],
+        }
+    return {
+        f"linear_recurrence.{kind}_{kernel}": [Config(*map(int, config.split())) for config in configs]
+        for kernel, configs in tried.items()
+    }
 
 
 for _name, _decay, _bonus, _peers in (

@@ -1,0 +1,199 @@
+"""No decay, or one for all channels of a head: the custom ops around `scalar_kernels`. The batch is the first axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from zoo.kernels.launch import Config, configured, empty_like, fold_batch, padded, precision, rows
+from zoo.kernels.linear_recurrence import scalar_kernels
+
+
+@torch.library.custom_op("zoo::linear_recurrence", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    initial_state: Tensor | None,
+    return_state: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, S_T and, for the backward pass, the state before each chunk. decay (B, H) or (B, T, H).
+
+    Without return_state S_T has no elements, without `save` the states have none.
+    """
+    q, k, v = rows(q), rows(k), rows(v)
+    config = configured("linear_recurrence.scalar_forward", forward_config, q, v)
+    o, last, states = _results(q, v, return_state, save)
+    _carry(config, False, q, k, v, decay, initial_state, o, states if save else None, last if return_state else None)
+    return o, last, states
+
+
+@forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    initial_state: Tensor | None,
+    return_state: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(q, v, return_state, save)
+
+
+@torch.library.custom_op("zoo::linear_recurrence_backward", mutates_args=())
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    initial_state: Tensor | None,
+    states: Tensor,
+    do: Tensor,
+    dlast: Tensor | None,
+    decay_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, ddecay and dS_0; an unwanted ddecay and dS_0 without an initial state have no elements."""
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    q, k, v, do = rows(q), rows(k), rows(v), rows(do)
+    dq, dk, dv, dfirst = (empty_like(x, q) for x in (q, k, v, initial_state))
+    g, g_strides, kind = _kind(decay, q)
+    shared: dict[str, Any] = {"K": K, "V": V, "BLOCK_V": padded(V), "C": _chunk(q, v), "DECAY": kind}
+    shared |= {"HAS_FIRST": initial_state is not None, "HAS_LAST": dlast is not None, "PRECISION": precision(q)}
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g_strides, *do.stride()[:3])
+    if walks_back(q, v, decay_gradient):
+        config = configured("linear_recurrence.scalar_walk_backward", walk_backward_config, q, v)
+        scalar_kernels.backward_kernel[(B * H,)](
+            q, k, v, g, states, do, q if dlast is None else dlast.contiguous(), dq, dk, dv, dfirst, T, H, *strides,
+            **shared, BLOCK_K=padded(K), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        return dq, dk, dv, empty_like(None, q), dfirst
+    config = configured("linear_recurrence.scalar_carry_backward", carry_backward_config, q, v)
+    D = torch.empty_like(states)
+    _carry(config, True, k, q, do, decay, dlast, dv, D, None if initial_state is None else dfirst)
+    config = configured("linear_recurrence.scalar_chunks_backward", chunks_backward_config, q, v)
+    block = min(config.block, padded(K))
+    blocks = triton.cdiv(K, block)
+    dg = torch.empty(blocks if decay_gradient else 0, B, T, H, dtype=torch.float32, device=q.device)
+    scalar_kernels.gradient_kernel[(B * H * states.shape[2] * blocks,)](
+        q, k, v, g, do, states, D, dq, dk, dg, T, H, B * T * H, *strides,
+        **shared, BLOCK=block, DECAY_GRADIENT=decay_gradient, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if not decay_gradient or decay is None:
+        return dq, dk, dv, empty_like(None, q), dfirst
+    dg = dg[0] if blocks == 1 else dg.sum(0)
+    return dq, dk, dv, (dg.sum(1) if decay.dim() == 2 else dg).to(decay.dtype), dfirst
+
+
+@backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    initial_state: Tensor | None,
+    states: Tensor,
+    do: Tensor,
+    dlast: Tensor | None,
+    decay_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wanted = (q, k, v, decay if decay_gradient else None, initial_state)
+    return tuple(empty_like(x, q) for x in wanted)  # type: ignore[return-value]
+
+
+def _results(q: Tensor, v: Tensor, return_state: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    last = q.new_empty((B, H, K, V) if return_state else (B, 0), dtype=torch.float32)
+    return empty_like(v, q), last, q.new_empty((B, H, -(-T // _chunk(q, v)), K, V) if save else (B, 0))
+
+
+def _chunk(q: Tensor, v: Tensor) -> int:
+    """The forward pass keeps a state a chunk, so the backward pass has the same chunks."""
+    return configured("linear_recurrence.scalar_forward", forward_config, q, v).chunk
+
+
+def _carry(
+    config: Config, reverse: bool, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, first: Tensor | None,
+    o: Tensor, states: Tensor | None, last: Tensor | None,
+) -> None:  # fmt: skip
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    block = min(config.block, padded(V))
+    g, g_strides, kind = _kind(decay, q)
+    scalar_kernels.forward_kernel[(B * H * triton.cdiv(V, block),)](
+        q, k, v, g, q if first is None else first.contiguous(), o, q if states is None else states,
+        q if last is None else last, T, H, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g_strides,
+        K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=_chunk(q, v), DECAY=kind, REVERSE=reverse,
+        HAS_FIRST=first is not None, HAS_LAST=last is not None, SAVE=states is not None, PRECISION=precision(q),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _kind(decay: Tensor | None, q: Tensor) -> tuple[Tensor, tuple[int, int, int], int]:
+    """The decay, its strides over batch, time and heads, and which kind the kernels should take it for."""
+    if decay is None:
+        return q, (0, 0, 0), scalar_kernels.NO_DECAY.value
+    if decay.dim() == 2:
+        return decay, (decay.stride(0), 0, decay.stride(1)), scalar_kernels.PER_HEAD.value
+    return decay, (decay.stride(0), decay.stride(1), decay.stride(2)), scalar_kernels.PER_STEP.value
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[2])
+    ctx.return_state = inputs[5]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, do: Tensor | None, dlast: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
+    gradients = torch.ops.zoo.linear_recurrence_backward(
+        *ctx.saved_tensors, do, dlast if ctx.return_state else None, ctx.needs_input_grad[3]
+    )
+    wanted = zip(gradients, ctx.needs_input_grad, strict=False)
+    return (*(gradient if needed else None for gradient, needed in wanted), None, None)
+
+
+forward.register_autograd(_gradients, setup_context=_setup_context)
+fold_batch(forward)
+fold_batch(backward)
+
+
+def forward_config(q: Tensor, v: Tensor) -> Config:
+    """Its chunk holds for the backward pass too."""
+    widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    if q.dtype == torch.float32:
+        return Config(chunk=32 if widest <= 64 else 16, block=32, num_warps=4, num_stages=1)
+    num_stages = 4 if widest <= 64 and not _many_heads(q) else 3
+    return Config(chunk=64 if widest <= 128 else 32, block=64, num_warps=4, num_stages=num_stages)
+
+
+def walks_back(q: Tensor, v: Tensor, decay_gradient: bool) -> bool:
+    """Whether one walk makes all gradients: where it has enough programs, or few steps, and its registers suffice."""
+    fits = not decay_gradient and max(padded(q.shape[-1]), padded(v.shape[-1])) <= 64
+    return fits and (_many_heads(q) or q.shape[1] <= 256)
+
+
+def walk_backward_config(q: Tensor, v: Tensor) -> Config:
+    return Config(chunk=0, block=0, num_warps=4, num_stages=1 if q.dtype == torch.float32 else 2)
+
+
+def carry_backward_config(q: Tensor, v: Tensor) -> Config:
+    if q.dtype == torch.float32:
+        return forward_config(q, v)
+    return Config(chunk=0, block=64 if _many_heads(q) else 32, num_warps=4, num_stages=3)
+
+
+def chunks_backward_config(q: Tensor, v: Tensor) -> Config:
+    return Config(chunk=0, block=64, num_warps=4, num_stages=1)
+
+
+def _many_heads(q: Tensor) -> bool:
+    """About two programs for each multiprocessor."""
+    return q.shape[0] * q.shape[2] >= 256
