@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.errors import UnsupportedError
 from zoo.kernels.backend import backend
-from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton")
 
@@ -25,11 +25,12 @@ def projections(x: Tensor, *weights: Tensor, impl: str | None = None) -> tuple[T
     Raises:
         UnsupportedError: shapes do not fit, or there is no such backend.
     """
-    flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
     for weight in weights:
-        check_shapes("projections", x=(flat, "MK"), weight=(weight, "NK"))
+        if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+            raise UnsupportedError(
+                f"projections: a weight has shape {tuple(weight.shape)}; expected (N, K={x.shape[-1]}), as x has it."
+            )
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    module = backend(__name__, IMPLS, impl, x.device)
-    with torch.autocast(device, enabled=False):
-        return tuple(module.projections(x.to(dtype), list(weights)))
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    return tuple(backend(__name__, IMPLS, impl, x.device).projections(x, list(weights)))
