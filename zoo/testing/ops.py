@@ -42,7 +42,8 @@ def op_errors(reference: Op, fused: Op, inputs: Mapping[str, Any], seed: int = 0
 
     Inputs are tensors, states (tuples of tensors) or None. The error is the larger of |got - want| / |want| over the
     whole tensor and the maximum of |got - want| / max(|want|, PEAK * root mean square of want); infinite where a number
-    is missing or is none. Raises AssertionError where the two differ in what they return, its shape, or the dtype of a gradient.
+    is missing or is none. Raises AssertionError where the two differ in what they return, its shape, or the dtype of a
+    gradient.
     """
     got = run_op(fused, inputs, seed)
     want = run_op(reference, _map(lambda t: in_double(t).requires_grad_(t.requires_grad), inputs), seed)
