@@ -28,6 +28,10 @@ class Shape(NamedTuple):
 
 
 SMALL = Shape(256, 256, 1, 64)
+# More programs than the second axis of a grid may have.
+MANY_HEADS = Shape(70_000, 16, 1, 16)
+# Each tensor has more than 2^31 elements.
+MANY_ELEMENTS = Shape(8_200, 4096, 1, 64)
 SHAPES = (SMALL, Shape(256, 64, 1, 64), Shape(256, 256, 2, 32), Shape(8, 4096, 16, 64))
 
 
@@ -73,6 +77,7 @@ class Case:
         that it is not installed.
     forward, both: the least cost of the forward pass and of forward and backward; `both` is None where there is
         no backward pass.
+    large: what --large checks.
     configs: shape -> for each kernel that then runs, what --sweep-configs tries in place of its rule; a kernel whose
         name ends in "forward" is timed in the forward pass alone.
     """
@@ -87,6 +92,7 @@ class Case:
     both: Callable[[Shape], Cost] | None
     peers: Mapping[str, Callable[[], Op]] = field(default_factory=dict)
     shapes: tuple[Shape, ...] = SHAPES
+    large: tuple[Shape, ...] = (MANY_HEADS, MANY_ELEMENTS)
     configs: Callable[[Shape], Mapping[str, Sequence[Config]]] = lambda shape: {}
 
 

@@ -14,10 +14,6 @@ from zoo.testing.ops import in_double, op_errors, poisoned, run_op
 from zoo.testing.tolerances import TOLERANCES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# More programs than the second axis of a grid may have.
-MANY_HEADS = Shape(70_000, 16, 1, 16)
-# Each tensor has more than 2^31 elements.
-MANY_ELEMENTS = Shape(8_200, 4096, 1, 64)
 
 
 class Result(NamedTuple):

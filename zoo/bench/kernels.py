@@ -14,7 +14,7 @@ import click
 import torch
 
 from zoo.bench.case import Case, Draw, Op, Shape, select
-from zoo.bench.check import DTYPES, MANY_ELEMENTS, MANY_HEADS, Result, check_large, check_seeds
+from zoo.bench.check import DTYPES, Result, check_large, check_seeds
 from zoo.bench.output import csv_lines, environment, save_environment
 from zoo.bench.timing import Pass, copy_bandwidth, eager_ms, graph_ms, matmul_rate, number_of_sets
 from zoo.errors import ConfigError, UnsupportedError
@@ -246,7 +246,7 @@ def checks(
 ) -> Iterator[Result]:
     for case in cases:
         if large:
-            for shape in (MANY_HEADS, MANY_ELEMENTS):
+            for shape in case.large:
                 if clock.left():
                     yield show(check_large(case, shape))
         for shape in shapes or case.shapes:

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.bench.case import Case, Cost, Draw, Op, Shape, register
+from zoo.bench.case import MANY_HEADS, Case, Cost, Draw, Op, Shape, register
 from zoo.kernels.answer_loss import answer_loss
 from zoo.kernels.launch import Config
 
@@ -89,6 +89,8 @@ register(
         both=partial(_least, passes=3),
         peers={"torch linear_cross_entropy": _linear_cross_entropy, "fla fused_linear_cross_entropy": _fla},
         shapes=SHAPES,
+        # 2^31 elements of hidden would have 2^42 logits.
+        large=(MANY_HEADS,),
         configs=_configs,
     )
 )
