@@ -244,25 +244,26 @@ def gradient_kernel(
             b_da = part * tl.where((row == 0)[:, None], 1 / first_half[None, :], tl.exp2(before))
             store_rows(da + out, b_da, row, H * K, live, i, K, BLOCK_K)
 
-        part = through(u, V, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
-        written = part * near_b
-        part = tl.dot(tl.trans(dPb), far_q, part, input_precision=PRECISION)
+        beyond = through(u, V, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
+        written = beyond * near_b
+        part = tl.dot(tl.trans(dPb), far_q, input_precision=PRECISION)
         part = tl.dot(tl.trans(dAb), far_a, part, input_precision=PRECISION)
         slopes -= part * near_b
-        b_db = part * tl.exp2(-b_since)
+        b_db = (beyond + part) * tl.exp2(-b_since)
         if not DELTA:
             store_rows(db + out, b_db, row, H * K, live, i, K, BLOCK_K)
 
-        part = through(v, v_t, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
-        written += part * last_k
-        part = tl.dot(tl.trans(dPk), far_q, part, input_precision=PRECISION)
+        beyond = through(v, v_t, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
+        written += beyond * last_k
+        part = tl.dot(tl.trans(dPk), far_q, input_precision=PRECISION)
         part = tl.dot(tl.trans(dAk), far_a, part, input_precision=PRECISION)
         slopes -= part * last_k
-        b_dk = part * tl.exp2(-b_since)
+        b_dk = (beyond + part) * tl.exp2(-b_since)
         if DECAY_GRADIENT:
             # From a step on what is read, but not its own a; before it what is written.
-            across = inner(states, dstates, i, V, BLOCK, BLOCK_K) + tl.sum(written, 0)
-            b_dg = tl.cumsum(slopes + by_a, 0, reverse=True) + across[None, :]
+            b_dg = tl.dot((row[None, :] >= row[:, None]).to(tl.float32), slopes + by_a, input_precision=PRECISION)
+            b_dg = tl.dot((row[None, :] < row[:, None]).to(tl.float32), written, b_dg, input_precision=PRECISION)
+            b_dg += inner(states, dstates, i, V, BLOCK, BLOCK_K)[None, :]
             if not DELTA:
                 b_dg -= by_a
     else:
