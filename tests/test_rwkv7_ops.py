@@ -34,6 +34,7 @@ def test_several_blocks_and_programs(monkeypatch: pytest.MonkeyPatch, op, shapes
     monkeypatch.setattr(fused, "config_of", lambda x: small)
     monkeypatch.setattr(fused, "backward_config", lambda x: small)
     monkeypatch.setattr(fused, "PROGRAMS", 6)
+    monkeypatch.setattr(fused, "SUMMING_PROGRAMS", 6)
     a = inputs(29, shapes, B=2, H=2, K=16)
     check_op(*(partial(op, impl=i) for i in ("reference", "triton")), a, FP32)
 

@@ -32,6 +32,7 @@ def test_several_blocks_and_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "config_of", lambda x: small)
     monkeypatch.setattr(fused, "backward_config", lambda x: small)
     monkeypatch.setattr(fused, "PROGRAMS", 3)
+    monkeypatch.setattr(fused, "SUMMING_PROGRAMS", 3)
     a = inputs(13, SHAPES | OPTIONAL, B=2, D=16, N=2)
     check_op(*(partial(token_shift, impl=i) for i in ("reference", "triton")), a, FP32)
 

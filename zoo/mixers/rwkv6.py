@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zoo.errors import ConfigError
 from zoo.kernels.activation import activation
@@ -89,10 +90,12 @@ class RWKV6(RecurrentMixer):
     def mix(self, x: Tensor, state: RWKV6State | None, return_state: bool) -> tuple[Tensor, RWKV6State | None]:
         previous, S = (None, None) if state is None else state
         (mixed,) = token_shift(x, self.shift[None], previous=previous)
-        low = torch.tanh(mixed @ self.shift_down).unflatten(-1, (5, -1))
+        low = torch.tanh(F.linear(mixed, self.shift_down.T)).unflatten(-1, (5, -1))
         offset = torch.einsum("btir,ird->ibtd", low, self.shift_up)
         w, k, v, r, g = token_shift(x, self.shifts, offset, previous=previous)
-        decay = activation(torch.tanh(w @ self.decay_down) @ self.decay_up, self.decay, "exp", scale=-1)
+        decay = activation(
+            F.linear(torch.tanh(F.linear(w, self.decay_down.T)), self.decay_up.T), self.decay, "exp", scale=-1
+        )
         r, k, v, decay = (
             y.unflatten(-1, (self.num_heads, -1)) for y in (self.receptance(r), self.key(k), self.value(v), decay)
         )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zoo.errors import ConfigError
 from zoo.kernels.activation import activation
@@ -99,10 +100,10 @@ class RWKV7(RecurrentMixer):
     def mix(self, x: Tensor, state: RWKV7State | None, return_state: bool) -> tuple[Tensor, RWKV7State | None]:
         previous, S = (None, None) if state is None else state
         r, w, k, v, a, g = token_shift(x, self.shifts, previous=previous)
-        decay = torch.tanh(w @ self.decay_down) @ self.decay_up
+        decay = F.linear(torch.tanh(F.linear(w, self.decay_down.T)), self.decay_up.T)
         decay = activation(decay, self.decay, "sigmoid", scale=MIN_DECAY)
-        rate = (a @ self.rate_down) @ self.rate_up
-        gate = torch.sigmoid(g @ self.gate_down) @ self.gate_up
+        rate = F.linear(F.linear(a, self.rate_down.T), self.rate_up.T)
+        gate = F.linear(torch.sigmoid(F.linear(g, self.gate_down.T)), self.gate_up.T)
         r, k, v, decay, rate, gate = (
             y.unflatten(-1, (self.num_heads, -1))
             for y in (self.receptance(r), self.key(k), self.value(v), decay, rate, gate)

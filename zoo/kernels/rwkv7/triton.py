@@ -15,8 +15,9 @@ from torch import Tensor
 from zoo.kernels.launch import Config, check_launch, configured, fold_batch
 from zoo.kernels.rwkv7 import kernels
 
-# Programs: enough to keep the memory of a GPU busy.
-PROGRAMS = 2048
+# Programs: enough to keep the memory of a GPU busy, and, where each leaves a sum of its own, not many more.
+PROGRAMS = 16384
+SUMMING_PROGRAMS = 4096
 
 
 def rwkv7_keys(
@@ -42,7 +43,7 @@ def _keys(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = [x.contiguous() for x in (k, rate, rate_bias, removal, replacement)]
     written, a, b = (torch.empty_like(tensors[0]) for _ in range(3))
-    programs, split, options = _launch(k, configured("rwkv7.keys_forward", config_of, k))
+    programs, split, options = _launch(k, configured("rwkv7.keys_forward", config_of, k), PROGRAMS)
     kernels.keys_forward_kernel[(programs,)](*tensors, written, a, b, *split, eps, **options)
     return written, a, b
 
@@ -68,7 +69,7 @@ def _keys_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = [x.contiguous() for x in (k, rate, rate_bias, removal, replacement, dwritten, da, db)]
     dk, drate = torch.empty_like(tensors[0]), torch.empty_like(tensors[1])
-    programs, split, options = _launch(k, configured("rwkv7.keys_backward", backward_config, k))
+    programs, split, options = _launch(k, configured("rwkv7.keys_backward", backward_config, k), SUMMING_PROGRAMS)
     sums = _sums(k, programs)
     kernels.keys_backward_kernel[(programs,)](*tensors, dk, drate, sums, *split, eps, **options)
     return dk, drate, *_totals(sums, rate_bias, removal, replacement)  # type: ignore[return-value]
@@ -95,7 +96,7 @@ def _readout(
 ) -> Tensor:
     tensors = [x.contiguous() for x in (o, q, k, v, gate, weight, bias, bonus)]
     y = torch.empty_like(tensors[0])
-    programs, split, options = _launch(o, configured("rwkv7.readout_forward", config_of, o))
+    programs, split, options = _launch(o, configured("rwkv7.readout_forward", config_of, o), PROGRAMS)
     kernels.readout_forward_kernel[(programs,)](*tensors, y, *split, eps, **options)
     return y
 
@@ -122,7 +123,7 @@ def _readout_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = [x.contiguous() for x in (o, q, k, v, gate, weight, bias, bonus, dy)]
     gradients = [torch.empty_like(x) for x in tensors[:5]]
-    programs, split, options = _launch(o, configured("rwkv7.readout_backward", backward_config, o))
+    programs, split, options = _launch(o, configured("rwkv7.readout_backward", backward_config, o), SUMMING_PROGRAMS)
     sums = _sums(o, programs)
     kernels.readout_backward_kernel[(programs,)](*tensors, *gradients, sums, *split, eps, **options)
     return *gradients, *_totals(sums, weight, bias, bonus)  # type: ignore[return-value]
@@ -158,13 +159,13 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(1, -1, *x.shape[2:])
 
 
-def _launch(x: Tensor, config: Config) -> tuple[int, tuple[int, int, int], dict[str, Any]]:
+def _launch(x: Tensor, config: Config, most: int) -> tuple[int, tuple[int, int, int], dict[str, Any]]:
     """How many programs; tokens, blocks of a program and programs of a head; and options."""
     groups, M, H, K = x.shape
     block = triton.next_power_of_2(K)
     rows = max(1, min(config.block // block, triton.next_power_of_2(M)))
     blocks = triton.cdiv(M, rows)
-    steps = triton.cdiv(blocks, max(1, PROGRAMS // (groups * H)))
+    steps = triton.cdiv(blocks, max(1, most // (groups * H)))
     parts = triton.cdiv(blocks, steps)
     options = {"H": H, "K": K, "BLOCK": block, "ROWS": rows, "num_warps": config.num_warps}
     return groups * H * parts, (M, steps, parts), options

@@ -14,8 +14,9 @@ from torch import Tensor
 from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch
 from zoo.kernels.token_shift import kernels
 
-# Programs: enough to keep the memory of a GPU busy.
-PROGRAMS = 2048
+# Programs: enough to keep the memory of a GPU busy, and, where each leaves a sum of its own, not many more.
+PROGRAMS = 16384
+SUMMING_PROGRAMS = 4096
 
 
 def token_shift(x: Tensor, weight: Tensor, offset: Tensor | None, previous: Tensor | None) -> list[Tensor]:
@@ -23,13 +24,14 @@ def token_shift(x: Tensor, weight: Tensor, offset: Tensor | None, previous: Tens
     if x.numel() == 0:
         return [x] * len(weight)
     groups = (None if t is None else t[None] for t in (x, weight, offset, previous))
-    return [y[0] for y in torch.ops.zoo.token_shift(*groups)]
+    return [y.squeeze(0) for y in torch.ops.zoo.token_shift(*groups)]
 
 
 @torch.library.custom_op("zoo::token_shift", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, offset: Tensor | None, previous: Tensor | None) -> list[Tensor]:
     """x (groups, B, T, D), weight (groups, N, D), offset (groups, N, B, T, D), previous (groups, B, D)."""
-    tensors, programs, launch = _prepared(x, weight, offset, previous, configured("token_shift.forward", config_of, x))
+    config = configured("token_shift.forward", config_of, x)
+    tensors, programs, launch = _prepared(x, weight, offset, previous, config, PROGRAMS)
     ys = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(weight.shape[1])]
     kernels.forward_kernel[(programs,)](*tensors, tuple(ys), **launch)
     return ys
@@ -46,7 +48,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight, offset and previous; of those that are None, no elements."""
     config = configured("token_shift.backward", backward_config, x)
-    tensors, programs, launch = _prepared(x, weight, offset, previous, config)
+    tensors, programs, launch = _prepared(x, weight, offset, previous, config, SUMMING_PROGRAMS)
     dx, doffset, dprevious = (empty_like(t, x) for t in (x, offset, previous))
     groups, N, D = weight.shape
     sums = torch.empty(groups, launch["parts"], N, D, dtype=torch.float32, device=x.device)
@@ -73,14 +75,14 @@ def backward_config(x: Tensor) -> Config:
 
 
 def _prepared(
-    x: Tensor, weight: Tensor, offset: Tensor | None, previous: Tensor | None, config: Config
+    x: Tensor, weight: Tensor, offset: Tensor | None, previous: Tensor | None, config: Config, most: int
 ) -> tuple[list[Tensor], int, dict[str, Any]]:
     """The inputs of both kernels (x stands in for what is None), how many programs, and their options."""
     groups, B, T, D = x.shape
     block = triton.next_power_of_2(D)
     rows = max(1, min(config.block // block, triton.next_power_of_2(B * T)))
     blocks = triton.cdiv(B * T, rows)
-    steps = triton.cdiv(blocks, max(1, PROGRAMS // groups))
+    steps = triton.cdiv(blocks, max(1, most // groups))
     parts = triton.cdiv(blocks, steps)
     options = {"B": B, "T": T, "steps": steps, "parts": parts, "D": D, "BLOCK_D": block, "ROWS": rows}
     options |= {"N": weight.shape[1], "HAS_OFFSET": offset is not None, "HAS_PREVIOUS": previous is not None}
