@@ -84,7 +84,7 @@ def test_extreme_decays(name, decay, extreme):
 
 @pytest.mark.parametrize(("name", "decay"), [("delta_rule", "step"), ("generalized_delta_rule", "channel")])
 def test_several_sequences_heads_and_blocks_of_columns(name, decay):
-    check(name, arguments(name, 3, decay, B=2, H=2, K=3, V=33))
+    check(name, arguments(name, 3, decay, B=2, H=2, K=3, V=70))
 
 
 @pytest.mark.parametrize(("name", "decay"), [("delta_rule", "step"), ("generalized_delta_rule", "channel")])

@@ -122,7 +122,7 @@ def backward(
     channel_kernels.gradient_kernel[(B * H * triton.cdiv(T, C),)](
         q, k, v, a, b, beta, decay, decayed, since, totals, u, squares, states, dstates, do, dr,
         dq, dk, dv, da, db, dbeta, dg, T, H, *strides, *decay.stride(), *do.stride()[:3],
-        K=K, V=V, BLOCK_K=padded(K), BLOCK=min(config.block, padded(V)), C=C,
+        K=K, V=V, BLOCK_K=padded(K), PADDED_V=padded(V), BLOCK=min(config.block, padded(V)), C=C,
         HALVINGS=C.bit_length() - 1, BOUNDED=bounded, DELTA=delta,
         DECAY_GRADIENT=decay_gradient, PRECISION=precision(q), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -167,8 +167,8 @@ def gradient_kernel(
     dq, dk, dv, da, db, dbeta, dg, T, H,
     q_n, q_t, q_h, k_n, k_t, k_h, v_n, v_t, v_h, a_n, a_t, a_h, b_n, b_t, b_h, beta_n, beta_t, beta_h,
     g_n, g_t, g_h, g_c, do_n, do_t, do_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    HALVINGS: tl.constexpr, BOUNDED: tl.constexpr, DELTA: tl.constexpr, DECAY_GRADIENT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, PADDED_V: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, HALVINGS: tl.constexpr, BOUNDED: tl.constexpr, DELTA: tl.constexpr, DECAY_GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every gradient, from what the walks left; one program per chunk. dr is (B, H, T, V)."""
@@ -182,20 +182,19 @@ def gradient_kernel(
     live = at + row < T
     i = tl.arange(0, BLOCK_K)
     tokens = (n * T + at) * H + h
-    padded: tl.constexpr = (V + BLOCK - 1) // BLOCK * BLOCK
     u += (head * T + at) * V
     dr += (head * T + at) * V
     v += n * v_n + h * v_h + at * v_t
     do += n * do_n + h * do_h + at * do_t
-    states += chunk * (padded * BLOCK_K)
-    dstates += chunk * (padded * BLOCK_K)
+    states += chunk * (PADDED_V * BLOCK_K)
+    dstates += chunk * (PADDED_V * BLOCK_K)
     size = tl.cast(T, tl.int64) * K
     decayed += head * (4 if BOUNDED else 3) * size + at * K
     last_k = load_rows(decayed + 2 * size, row, K, live, i, K, BLOCK_K)
     squares += chunk * (4 * C * C) + row[None, :] * C + row[:, None]
     Ak_t = tl.load(squares + 2 * C * C)
     Pk_t = tl.load(squares + 3 * C * C)
-    for column in range(0, padded, BLOCK):
+    for column in range(0, V, BLOCK):
         j = column + tl.arange(0, BLOCK)
         b_dS = tl.load(dstates + j[:, None] * BLOCK_K + i[None, :])
         b_dv = tl.dot(last_k, tl.trans(b_dS), input_precision=PRECISION)

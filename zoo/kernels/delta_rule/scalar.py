@@ -95,7 +95,7 @@ def backward(
     scalar_kernels.gradient_kernel[(B * H * triton.cdiv(T, C),)](
         q, k, beta, g, w, since, totals, states, dstates, do, dv, dq, dk, dbeta, dg, T, H,
         *q.stride()[:3], *k.stride()[:3], *beta.stride(), *g.stride(), *do.stride()[:3],
-        K=K, V=V, BLOCK_K=padded(K), BLOCK=min(config.block, padded(V)), C=C,
+        K=K, V=V, BLOCK_K=padded(K), PADDED_V=padded(V), BLOCK=min(config.block, padded(V)), C=C,
         DECAYS=decay is not None, PRECISION=precision(q), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return dq, dk, dv, dbeta, dg, dfirst

@@ -83,8 +83,8 @@ def prepare_kernel(
 def gradient_kernel(
     q, k, beta, g, w, since, totals, states, dstates, do, dr, dq, dk, dbeta, dg, T, H,
     q_n, q_t, q_h, k_n, k_t, k_h, beta_n, beta_t, beta_h, g_n, g_t, g_h, do_n, do_t, do_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    DECAYS: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, PADDED_V: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, DECAYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dbeta and dg, from what the walks left; one program per chunk."""
     dtype = q.dtype.element_ty
@@ -100,9 +100,8 @@ def gradient_kernel(
     do += n * do_n + h * do_h + at * do_t
     dr += tokens * V
     chunk = tl.cast(tl.program_id(0), tl.int64)
-    padded: tl.constexpr = (V + BLOCK - 1) // BLOCK * BLOCK
-    states += chunk * (padded * BLOCK_K)
-    dstates += chunk * (padded * BLOCK_K)
+    states += chunk * (PADDED_V * BLOCK_K)
+    dstates += chunk * (PADDED_V * BLOCK_K)
 
     # Row t, column s, and with a _t row s, column t.
     b_beta = load_steps(beta + n * beta_n + h * beta_h, at, row, beta_t, T)

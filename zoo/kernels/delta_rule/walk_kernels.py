@@ -45,14 +45,14 @@ def store_transposed(x, values, row, stride, live, column, size: tl.constexpr, b
 def forward_kernel(
     q, b, k, v, W, U, squares, since, writes, totals, first, o, u, states, last, T, H,
     q_n, q_t, q_h, b_n, b_t, b_h, k_n, k_t, k_h, v_n, v_t, v_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    CHANNELS: tl.constexpr, BOUNDED: tl.constexpr, DECAYS: tl.constexpr, HAS_FIRST: tl.constexpr,
-    HAS_LAST: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, PADDED_V: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, CHANNELS: tl.constexpr, BOUNDED: tl.constexpr, DECAYS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o (B, T, H, V); with KEEP u (B, H, T, V) and the states before the chunks (B, H, chunks, V, K), padded. One
-    program per sequence, head and BLOCK columns of v."""
+    """o (B, T, H, V); with KEEP u (B, H, T, V) and the states before the chunks (B, H, chunks, V, K), padded with
+    zeros. One program per sequence, head and BLOCK columns of v."""
     dtype = q.dtype.element_ty
-    blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
+    blocks: tl.constexpr = PADDED_V // BLOCK
     squares_each: tl.constexpr = 4 if CHANNELS else 2
     block = tl.program_id(0) % blocks
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -76,7 +76,7 @@ def forward_kernel(
     j = block * BLOCK + tl.arange(0, BLOCK)
     inside = (j < V)[:, None] & (i < K)[None, :]
     state = head * K * V + i[None, :] * V + j[:, None]
-    states += (head * chunks * (blocks * BLOCK) + j[:, None]) * BLOCK_K + i[None, :]
+    states += (head * chunks * PADDED_V + j[:, None]) * BLOCK_K + i[None, :]
     if HAS_FIRST:
         S = tl.load(first + state, mask=inside, other=0.0)
     else:
@@ -99,7 +99,7 @@ def forward_kernel(
             S *= first_half
         now = S.to(dtype)
         if KEEP:
-            tl.store(states + at // C * (blocks * BLOCK * BLOCK_K), now)
+            tl.store(states + at // C * (PADDED_V * BLOCK_K), now)
         b_W = load_rows(W + at * K, row, K, live, i, K, BLOCK_K)
         b_U = load_rows(U + at * V, row, V, live, j, V, BLOCK)
         b_q = load_rows(q + at * q_t, row, q_t, live, i, K, BLOCK_K)
@@ -135,13 +135,13 @@ def forward_kernel(
 def backward_kernel(
     q, b, W, squares, since, writes, totals, do, dlast, dr, dstates, dfirst, T, H,
     q_n, q_t, q_h, b_n, b_t, b_h, do_n, do_t, do_h, dr_n, dr_t, dr_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    CHANNELS: tl.constexpr, BOUNDED: tl.constexpr, DECAYS: tl.constexpr, HAS_FIRST: tl.constexpr,
-    HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, PADDED_V: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, CHANNELS: tl.constexpr, BOUNDED: tl.constexpr, DECAYS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dr, and the gradients of the states after the chunks, laid out like `states` of the walk forward."""
     dtype = q.dtype.element_ty
-    blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
+    blocks: tl.constexpr = PADDED_V // BLOCK
     squares_each: tl.constexpr = 4 if CHANNELS else 2
     block = tl.program_id(0) % blocks
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -161,7 +161,7 @@ def backward_kernel(
     j = block * BLOCK + tl.arange(0, BLOCK)
     inside = (j < V)[:, None] & (i < K)[None, :]
     state = head * K * V + i[None, :] * V + j[:, None]
-    dstates += (head * chunks * (blocks * BLOCK) + j[:, None]) * BLOCK_K + i[None, :]
+    dstates += (head * chunks * PADDED_V + j[:, None]) * BLOCK_K + i[None, :]
     if HAS_LAST:
         dS = tl.load(dlast + state, mask=inside, other=0.0)
     else:
@@ -183,7 +183,7 @@ def backward_kernel(
         if BOUNDED:
             dS *= last_half
         now = dS.to(dtype)
-        tl.store(dstates + at // C * (blocks * BLOCK * BLOCK_K), now)
+        tl.store(dstates + at // C * (PADDED_V * BLOCK_K), now)
         b_b = load_rows(b + at * b_t, row, b_t, live, i, K, BLOCK_K)
         b_do = load_rows(do + at * do_t, row, do_t, live, j, V, BLOCK)
         b_q = load_rows(q + at * q_t, row, q_t, live, i, K, BLOCK_K)

@@ -61,12 +61,12 @@ def forward(
     block = min(setting.block, padded(V))
     o, last, u, states = results(q, v, C, return_state, keep)
     k = b if k is None else k
-    walk_kernels.forward_kernel[(B * H * triton.cdiv(V, block),)](
+    walk_kernels.forward_kernel[(B * H * padded(V) // block,)](
         q, b, k, v, chunks.W, U, *chunks[1:], q if initial_state is None else initial_state.contiguous(), o, u, states,
         last, T, H, *q.stride()[:3], *b.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=C, CHANNELS=channels, BOUNDED=bounded, DECAYS=decays,
-        HAS_FIRST=initial_state is not None, HAS_LAST=return_state, KEEP=keep, PRECISION=precision(q),
-        num_warps=setting.num_warps, num_stages=setting.num_stages,
+        K=K, V=V, BLOCK_K=padded(K), PADDED_V=padded(V), BLOCK=block, C=C, CHANNELS=channels,
+        BOUNDED=bounded, DECAYS=decays, HAS_FIRST=initial_state is not None, HAS_LAST=return_state, KEEP=keep,
+        PRECISION=precision(q), num_warps=setting.num_warps, num_stages=setting.num_stages,
     )  # fmt: skip
     return o, last, u, states
 
@@ -91,12 +91,12 @@ def backward(
     setting = configured(f"{name}.backward", config, q, do)
     block = min(setting.block, padded(V))
     dstates = _states(q, do, C)
-    walk_kernels.backward_kernel[(B * H * triton.cdiv(V, block),)](
+    walk_kernels.backward_kernel[(B * H * padded(V) // block,)](
         q, b, *chunks, do, q if dlast is None else dlast.contiguous(), dr, dstates, dfirst, T, H,
         *q.stride()[:3], *b.stride()[:3], *do.stride()[:3], *dr.stride()[:3],
-        K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=C, CHANNELS=channels, BOUNDED=bounded, DECAYS=decays,
-        HAS_FIRST=dfirst.shape[1] > 0, HAS_LAST=dlast is not None, PRECISION=precision(q),
-        num_warps=setting.num_warps, num_stages=setting.num_stages,
+        K=K, V=V, BLOCK_K=padded(K), PADDED_V=padded(V), BLOCK=block, C=C, CHANNELS=channels,
+        BOUNDED=bounded, DECAYS=decays, HAS_FIRST=dfirst.shape[1] > 0, HAS_LAST=dlast is not None,
+        PRECISION=precision(q), num_warps=setting.num_warps, num_stages=setting.num_stages,
     )  # fmt: skip
     return dstates
 
