@@ -170,8 +170,9 @@ def forward_config(q: Tensor, v: Tensor) -> Config:
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
     if q.dtype == torch.float32:
         return Config(chunk=32 if widest <= 64 else 16, block=32, num_warps=4, num_stages=1)
-    num_stages = 4 if widest <= 64 and not _many_heads(q) else 3
-    return Config(chunk=64 if widest <= 128 else 32, block=64, num_warps=4, num_stages=num_stages)
+    if widest > 64:
+        return Config(chunk=32, block=64 if widest <= 128 else 32, num_warps=4, num_stages=3)
+    return Config(chunk=64, block=64, num_warps=4, num_stages=3 if _many_heads(q) else 4)
 
 
 def walks_back(q: Tensor, v: Tensor, decay_gradient: bool) -> bool:
@@ -191,7 +192,7 @@ def carry_backward_config(q: Tensor, v: Tensor) -> Config:
 
 
 def chunks_backward_config(q: Tensor, v: Tensor) -> Config:
-    return Config(chunk=0, block=64, num_warps=4, num_stages=1)
+    return Config(chunk=0, block=64 if padded(v.shape[-1]) <= 128 else 32, num_warps=4, num_stages=1)
 
 
 def _many_heads(q: Tensor) -> bool:
