@@ -43,7 +43,7 @@ def _forward(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, T
     V = weight.shape[1]
     # Products are in the dtype of hidden, which is what autocast casts.
     hidden, weight = rows(hidden), rows(weight.to(hidden.dtype))
-    config = configured("answer_loss.forward", config_of, hidden)
+    config = configured("answer_loss.forward", forward_config, hidden)
     blocks = groups * triton.cdiv(M, config.chunk)
     steps, parts = _split(blocks, triton.cdiv(V, config.block))
     largest, total = torch.empty(2, parts, groups, M, dtype=torch.float32, device=hidden.device)
@@ -74,7 +74,7 @@ def _backward(hidden: Tensor, weight: Tensor, answers: Tensor, log_sum: Tensor, 
     groups, M, D = hidden.shape
     V = weight.shape[1]
     hidden, head = rows(hidden), rows(weight.to(hidden.dtype))
-    config = configured("answer_loss.backward", config_of, hidden)
+    config = configured("answer_loss.backward", backward_config, hidden)
     hidden_blocks, weight_blocks = triton.cdiv(M, config.chunk), triton.cdiv(V, config.chunk)
     hidden_steps, hidden_parts = _split(groups * hidden_blocks, triton.cdiv(V, config.block))
     weight_steps, weight_parts = _split(groups * weight_blocks, triton.cdiv(M, config.block))
@@ -113,14 +113,20 @@ fold_batch(_forward)
 fold_batch(_backward)
 
 
-def config_of(hidden: Tensor) -> Config:
+def forward_config(hidden: Tensor) -> Config:
     """chunk: rows that a program keeps; block: rows of the other side that it meets at a time."""
     widest = padded(hidden.shape[-1])
     if hidden.dtype == torch.float32:
         return Config(chunk=32, block=32, num_warps=4, num_stages=1)
     if widest <= 128:
-        return Config(chunk=64, block=128, num_warps=4, num_stages=3)
+        return Config(chunk=64, block=128, num_warps=4, num_stages=2 if widest <= 64 else 3)
     return Config(chunk=64, block=64, num_warps=4 if widest <= 256 else 8, num_stages=2)
+
+
+def backward_config(hidden: Tensor) -> Config:
+    """As the forward, which has no accumulator as wide as hidden, but with narrower blocks where that is wide."""
+    config = forward_config(hidden)
+    return config._replace(block=64, num_stages=2) if hidden.shape[-1] > 64 and config.block > 64 else config
 
 
 def _split(blocks: int, steps: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from zoo.kernels.short_conv import kernels
 
 # Channels of a thread: one load of 8 bytes in 16-bit dtypes.
 PER_THREAD = 4
-SUM_ROWS, SUM_COLUMNS = 128, 16
+SUM_ROWS, SUM_COLUMNS = 512, 8
 
 
 def short_conv(
@@ -49,7 +49,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor | Non
     groups = len(weight)
     x = rows(x)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    arguments, options = _prepared(x, weight, bias, first, silu, configured("short_conv.forward", config_of, x))
+    arguments, options = _prepared(x, weight, bias, first, silu, configured("short_conv.forward", forward_config, x))
     parts = triton.cdiv(B // groups * triton.cdiv(T, options["C"]), options["ROWS"])
     kernels.forward_kernel[(groups * parts * triton.cdiv(D, options["BLOCK"]),)](
         *arguments, y, T, B // groups, *x.stride()[:2], **options
@@ -73,7 +73,7 @@ def _backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     dbias, dfirst = empty_like(bias, weight), empty_like(first, x)
-    arguments, options = _prepared(x, weight, bias, first, silu, configured("short_conv.backward", config_of, x))
+    arguments, options = _prepared(x, weight, bias, first, silu, configured("short_conv.backward", backward_config, x))
     chunks = triton.cdiv(T if first is None else T + W - 1, options["C"])
     parts = triton.cdiv(B // groups * chunks, options["ROWS"])
     sums = torch.empty(groups, parts, W + (bias is not None), D, dtype=torch.float32, device=x.device)
@@ -107,9 +107,14 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def config_of(x: Tensor) -> Config:
+def forward_config(x: Tensor) -> Config:
     """chunk: tokens that a program walks; block: channels."""
-    return Config(chunk=16, block=min(triton.next_power_of_2(x.shape[-1]), 64), num_warps=2, num_stages=1)
+    return Config(chunk=16, block=min(triton.next_power_of_2(x.shape[-1]), 64), num_warps=4, num_stages=1)
+
+
+def backward_config(x: Tensor) -> Config:
+    """Longer chunks leave fewer parts of the weight's gradient to sum."""
+    return Config(chunk=32, block=min(triton.next_power_of_2(x.shape[-1]), 64), num_warps=2, num_stages=1)
 
 
 def _prepared(
