@@ -231,19 +231,19 @@ def gradient_kernel(
     far = b_q * far_kept
     near = b_k * near_kept
     gap: tl.constexpr = 1 if BONUS else 0
-    other = tl.where(((t ^ s) < 8) & (t > s + gap), slopes, 0.0).to(wide_dtype)
-    d_far = tl.dot(other, near.to(wide_dtype), input_precision=PRECISION)
-    other = tl.where(((t ^ s) < 8) & (s > t + gap), slopes, 0.0).to(wide_dtype)
-    d_near = tl.dot(other, far.to(wide_dtype), input_precision=PRECISION)
+    close = tl.where(((t ^ s) < 8) & (t > s + gap), slopes, 0.0).to(wide_dtype)
+    d_far = tl.dot(close, near.to(wide_dtype), input_precision=PRECISION)
+    close = tl.where(((t ^ s) < 8) & (s > t + gap), slopes, 0.0).to(wide_dtype)
+    d_near = tl.dot(close, far.to(wide_dtype), input_precision=PRECISION)
     b_dq += d_far * far_kept
     b_dk += d_near * near_kept
     behind = ((t ^ s) < 8) & (s >= t)
     if BONUS:
         # No decay is between neighbours, and above they would leave a difference of rounded slopes in dg.
-        other = tl.where(((t ^ s) < 8) & (t == s + 1), slopes, 0.0).to(dtype)
-        b_dq = tl.dot(other, b_k, b_dq, input_precision=PRECISION)
-        other = tl.where(((t ^ s) < 8) & (s == t + 1), slopes, 0.0).to(dtype)
-        b_dk = tl.dot(other, b_q, b_dk, input_precision=PRECISION)
+        close = tl.where(((t ^ s) < 8) & (t == s + 1), slopes, 0.0).to(dtype)
+        b_dq = tl.dot(close, b_k, b_dq, input_precision=PRECISION)
+        close = tl.where(((t ^ s) < 8) & (s == t + 1), slopes, 0.0).to(dtype)
+        b_dk = tl.dot(close, b_q, b_dk, input_precision=PRECISION)
         b_dg = tl.dot((behind & (s > t)).to(wide_dtype), (far * d_far).to(wide_dtype), b_dg, input_precision=PRECISION)
         b_dg -= tl.dot(behind.to(wide_dtype), (near * d_near).to(wide_dtype), input_precision=PRECISION)
     else:
