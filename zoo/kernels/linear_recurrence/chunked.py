@@ -4,8 +4,9 @@ Shape letters: B batch, H heads, N chunks, C tokens in a chunk (a power of 2), K
 (B, H, N, C, K), or (B, H, N, C, 1) where the channels of a head share it; its B is 1 where the batch shares it.
 
 What is left of token s at token t is exp(g_{s+1} + ... + g_t). It is never formed as a ratio of cumulative decays,
-which overflows, nor as exp of a difference of two large sums, which cancels, but as a product of factors <= 1: in a
-block of 2h tokens the first h reach the last h through its middle, and
+which overflows, nor as exp of a difference of two large sums, which cancels. Where channels share a decay, each sum is
+taken by itself. Where they do not, what is left is a product of factors <= 1: in a block of 2h tokens the first h reach
+the last h through its middle, and
 
     left(s, t) = left(s, middle) * left(middle, t)
 
@@ -56,16 +57,27 @@ def _inclusive(
     T = q.shape[1]
     C = _chunk_size(T, q.shape[-1] * v.shape[-1])
     q, k, v = (_to_chunks(x, C) for x in (q, k, v))
+    g = None if g is None else _to_chunks(g, C)
     if g is None:
-        scores, read, write, kept = (q @ k.mT).tril(), q, k, None
+        # A product with a mask, its gradient too, is several times as fast as tril.
+        o = ((q @ k.mT) * q.new_ones(C, C).tril()) @ v
+    elif g.shape[-1] == 1:
+        o = _SharedDecay.apply(q, k, g)[0] @ v
     else:
-        scores, since, until = _DecayedScores.apply(q, k, _to_chunks(g, C))
-        read, write, kept = q * since, k * until, since[..., -1, :, None]
-    o = scores @ v
+        o = _ChannelDecay.apply(q, k, g) @ v
     if S is not None or C < T or return_state:
+        read, write, kept = q, k, None
+        if g is not None:
+            since, until = g.cumsum(-2).exp(), _after(g).exp()
+            read, write, kept = q * since, k * until, since[..., -1, :, None]
         before, S = _states(S, write.mT @ v, kept)
         o = o + read @ before
     return o.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T], S if return_state else None
+
+
+def _after(g: Tensor) -> Tensor:
+    """sum_{j > t} g_j within each chunk (..., C, X); summed by itself, since a difference of sums would cancel."""
+    return pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
 
 def _states(S: Tensor | None, kv: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -100,67 +112,75 @@ def _to_chunks(x: Tensor, C: int) -> Tensor:
     return x.unflatten(1, (-1, C)).permute(0, 3, 1, 2, 4).contiguous()
 
 
-class _DecayedScores(torch.autograd.Function):
-    """scores_ts = sum_c q_tc k_sc left(s, t)_c for s <= t, else 0; since_t = left(0, t); until_s = left(s, C).
+class _SharedDecay(torch.autograd.Function):
+    """scores_ts = q_t.k_s left(s, t) for s <= t, else 0, with g (..., C, 1); and left (..., C, C), with no gradient.
 
-    left(s, t) = exp(g_{s+1} + ... + g_t). The gradient of g needs no products of its own: g_j is in every left(s, t)
-    with s < j <= t, and the part of it that comes through token t is q_t dq_t, through token s -k_s dk_s.
+    left(s, t) = exp(g_{s+1} + ... + g_t), each sum by itself. The gradient of g needs no products of its own: g_j is in
+    every left(s, t) with s < j <= t, and the part of it that comes through token t is q_t dq_t, through token s
+    -k_s dk_s.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        per_channel = g.shape[-1] > 1
-        since, until = g.exp(), torch.ones_like(g)
-        if per_channel:
-            scores = torch.diag_embed((q * k).sum(-1))
-            for h in _half_blocks(g):
-                far, near = _second(q, h) * _second(since, h), _first(k, h) * _first(until, h)
-                _block(scores, h).copy_(_matmul(far, near.mT))
-                _double(since, until, h)
-        else:
-            scores = (q @ k.mT).mul_(_left(since, until))
-        return scores, since, until
+    def forward(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        ones = g.new_ones(g.shape[-2], g.shape[-2])
+        left = (g * ones.tril(-1)).cumsum(-2).exp() * ones.tril()
+        return (q @ k.mT) * left, left
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, *output[1:])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
-    def backward(ctx: Any, d_scores: Tensor, d_since: Tensor, d_until: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, g, since, until = ctx.saved_tensors
-        d_since, d_until = d_since * since, d_until * until
+    def backward(ctx: Any, d_scores: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, g, left = ctx.saved_tensors
+        below = d_scores * left
+        below.diagonal(dim1=-2, dim2=-1).zero_()
+        dq, dk = below @ k, below.mT @ q
+        through = (q * dq - k * dk).sum(-1, keepdim=True).sum_to_size(g.shape)
+        return *_with_diagonal(d_scores, q, k, dq, dk), through.flip(-2).cumsum(-2).flip(-2)
+
+
+class _ChannelDecay(torch.autograd.Function):
+    """scores_ts = sum_c q_tc k_sc left(s, t)_c for s <= t, else 0, with g (..., C, K). The gradient: as above."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
         since, until = g.exp(), torch.ones_like(g)
-        if g.shape[-1] > 1:
-            dq, dk = torch.zeros_like(q), torch.zeros_like(k)
-            for h in _half_blocks(g):
-                block = _block(d_scores, h).contiguous()
-                left_t, left_s = _second(since, h), _first(until, h)
-                _second(dq, h).add_(_matmul(block, _first(k, h) * left_s).mul_(left_t))
-                _first(dk, h).add_(_matmul(block.mT, _second(q, h) * left_t).mul_(left_s))
-                _double(since, until, h)
-            through = q * dq - k * dk
-        else:
-            below = d_scores * _left(since, until)
-            below.diagonal(dim1=-2, dim2=-1).zero_()
-            dq, dk = below @ k, below.mT @ q
-            through = (q * dq - k * dk).sum(-1, keepdim=True)
-        # left(t, t) = 1 whatever g is: added only now, because in `through` it would cancel, but for rounding.
-        diagonal = d_scores.diagonal(dim1=-2, dim2=-1)[..., None]
-        dq, dk = torch.addcmul(dq, diagonal, k), torch.addcmul(dk, diagonal, q)
-        through = through.sum_to_size(g.shape) + d_since
-        d_until = pad(d_until[..., :-1, :], (0, 0, 1, 0))
-        return dq, dk, through.flip(-2).cumsum(-2).flip(-2) + d_until.cumsum(-2)
+        scores = torch.diag_embed((q * k).sum(-1))
+        for h in _half_blocks(g):
+            far, near = _second(q, h) * _second(since, h), _first(k, h) * _first(until, h)
+            _block(scores, h).copy_(_matmul(far, near.mT))
+            _double(since, until, h)
+        return scores
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, g = ctx.saved_tensors
+        since, until = g.exp(), torch.ones_like(g)
+        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+        for h in _half_blocks(g):
+            block = _block(d_scores, h).contiguous()
+            left_t, left_s = _second(since, h), _first(until, h)
+            _second(dq, h).add_(_matmul(block, _first(k, h) * left_s).mul_(left_t))
+            _first(dk, h).add_(_matmul(block.mT, _second(q, h) * left_t).mul_(left_s))
+            _double(since, until, h)
+        through = (q * dq - k * dk).sum_to_size(g.shape)
+        return *_with_diagonal(d_scores, q, k, dq, dk), through.flip(-2).cumsum(-2).flip(-2)
 
 
-def _left(since: Tensor, until: Tensor) -> Tensor:
-    """left(s, t) as a matrix (..., C, C), 0 where s > t. since and until, of one token, become those of the chunk."""
-    left = torch.diag_embed(torch.ones_like(since[..., 0]))
-    for h in _half_blocks(since):
-        _block(left, h).copy_(_second(since, h) * _first(until, h).mT)
-        _double(since, until, h)
-    return left
+def _with_diagonal(d_scores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor]:
+    """left(t, t) = 1 whatever g is, and in the gradient of g it would cancel, but for rounding: it comes last."""
+    diagonal = d_scores.diagonal(dim1=-2, dim2=-1)[..., None]
+    return torch.addcmul(dq, diagonal, k), torch.addcmul(dk, diagonal, q)
 
 
 def _half_blocks(x: Tensor) -> Iterator[int]:

@@ -24,7 +24,7 @@ class _Conv(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         T, D = x.shape[1:]
         rows, (tap, *earlier_taps) = x.flatten(1), _rows_of_taps(weight, T)
-        y = rows * tap if bias is None else torch.addcmul(bias.repeat(T), rows, tap)
+        y = rows * tap if bias is None else torch.addcmul(bias.expand(T, D).reshape(-1), rows, tap)
         for j, tap in enumerate(earlier_taps, start=1):
             y[:, j * D :].addcmul_(rows[:, : (T - j) * D], tap[: (T - j) * D])
         return y.view(x.shape)
@@ -55,12 +55,13 @@ def _rows_of_taps(weight: Tensor, T: int) -> tuple[Tensor, ...]:
 
     So sequences are rows (B, T D), and a shift in time a slice of them: long, contiguous operations.
     """
-    return weight.flip(1).T[:T].repeat(1, T).unbind(0)
+    D, W = weight.shape
+    return weight.T[:, None].expand(W, T, D).reshape(W, T * D).unbind(0)[::-1][:T]
 
 
 def _over_time(rows: Tensor, D: int) -> Tensor:
     """(B, T D) summed over sequences and time: (D,)."""
-    return rows.sum(0).view(-1, D).sum(0)
+    return rows.reshape(-1, D).sum(0)
 
 
 def short_conv(
