@@ -14,6 +14,8 @@ from torch.nn.functional import pad
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.taylor_attention.features import num_features, taylor_features
 
+CHUNK = 128
+
 
 def taylor_attention(
     q: Tensor,
@@ -26,15 +28,17 @@ def taylor_attention(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     T, K = q.shape[1], q.shape[3]
     out_dtype, dtype = v.dtype, state_dtype(v.dtype)
-    C = T if 4 * num_features(K) >= T else 128  # as measured
-    # 1 for a token and 0 for the padding: the padding's features are not 0.
-    q, k, v, one = (_to_chunks(x.to(dtype), C) for x in (q, k, v, torch.ones_like(v[..., :1])))
+    C = T if max(4 * num_features(K), CHUNK) >= T else CHUNK  # as measured
+    one = torch.ones_like(v[..., :1])
+    q, k, v = (_to_chunks(x.to(dtype), C) for x in (q, k, v))
     scores = _TaylorScores.apply((q * K**-0.5) @ k.mT)
     numerator, weight = scores @ v, scores.sum(-1, keepdim=True)
     S = z = None
     if initial_state is not None or C < T or return_state:
         S_0, z_0 = (None, None) if initial_state is None else initial_state
         phi_q, phi_k = taylor_features(q), taylor_features(k)
+        # 1 for a token and 0 for the padding: the padding's features are not 0.
+        one = _to_chunks(one.to(dtype), C)
         S_before, S = _sums(S_0, phi_k.mT @ v)
         z_before, z = _sums(z_0, (phi_k.mT @ one).squeeze(-1))
         numerator = numerator + phi_q @ S_before
