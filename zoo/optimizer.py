@@ -39,30 +39,32 @@ class OneByOne:
     ) -> None:
         self.pack = pack
         self.betas, self.clip = configs[0].betas, configs[0].clip
-        device = pack.parameters[0][0].device
-        self.count = torch.full((1,), steps_done, dtype=torch.float64, device=device)
+        self.count = torch.tensor(float(steps_done), device=pack.parameters[0][0].device)
         self.members = [
             _Vectors(model, config.weight_decay, of_member)
             for model, config, of_member in zip(pack.models, configs, moments, strict=True)
         ]
 
+    @torch.no_grad()
     def step(self, rates: Tensor) -> None:
         self.count += 1
-        unbias = unbiasing(self.betas, self.count)
-        for i, (member, gradients) in enumerate(zip(self.members, self.pack.gradient_lists, strict=True)):
-            gradient = torch.cat([gradients[at].flatten() for at in member.order])[None]
-            scale = None if self.clip is None else (self.clip / (gradient.norm(dim=1) + 1e-6)).clamp(max=1.0)
+        for rate, member, gradients in zip(rates, self.members, self.pack.gradient_lists, strict=True):
+            gradient = torch.cat([gradients[at].flatten() for at in member.order])
+            if self.clip is not None:
+                gradient.mul_((self.clip / (gradient.norm() + 1e-6)).clamp(max=1.0))
             for part, decay in member.parts:
-                adamw(
-                    member.value[:, part], gradient[:, part], member.mean[:, part], member.square[:, part],
-                    rates[i : i + 1], decay, unbias, scale, betas=self.betas, eps=EPS,
+                # What torch.optim.AdamW(fused=True) calls, without a dozen operations' worth of Python around it.
+                torch._fused_adamw_(
+                    [member.value[part]], [gradient[part]], [member.mean[part]], [member.square[part]], [],
+                    [self.count], lr=rate, beta1=self.betas[0], beta2=self.betas[1], weight_decay=decay, eps=EPS,
+                    amsgrad=False, maximize=False,
                 )  # fmt: skip
 
 
 class _Vectors:
-    """A model's parameters and their moments as vectors (1, N), those with weight decay first.
+    """A model's parameters and their moments as vectors (N,), those with weight decay first.
 
-    order: the parameters' indices, as they stand there. parts: the elements with and without decay, and the decay (1,).
+    order: the parameters' indices, as they stand there. parts: the elements with and without decay, and the decay.
     """
 
     def __init__(self, model: nn.Module, weight_decay: float, moments: Moments) -> None:
@@ -72,19 +74,16 @@ class _Vectors:
         zeros = [torch.zeros_like(p, requires_grad=False) for _, p in named]
         before = [moments.get(name, (zero, zero)) for (name, _), zero in zip(named, zeros, strict=True)]
         self.value, self.mean, self.square = (
-            torch.cat([tensors[i].flatten() for i in self.order])[None]
+            torch.cat([tensors[i].flatten() for i in self.order])
             for tensors in ([p.detach() for _, p in named], [m for m, _ in before], [s for _, s in before])
         )
         end = sum(p.numel() for name, p in named if name in with_decay)
-        self.parts = [
-            (part, self.value.new_full((1,), decay))
-            for part, decay in ((slice(end), weight_decay), (slice(end, None), 0.0))
-        ]
+        self.parts = [(slice(end), weight_decay), (slice(end, None), 0.0)]
         start = 0
         for name, p in (named[i] for i in self.order):
             part = slice(start, start := start + p.numel())
             # The model lives on, in the vector's memory.
-            p.data, mean, square = (x[0, part].view_as(p) for x in (self.value, self.mean, self.square))
+            p.data, mean, square = (x[part].view_as(p) for x in (self.value, self.mean, self.square))
             moments[name] = (mean, square)
 
 
