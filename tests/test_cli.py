@@ -229,6 +229,21 @@ def test_plot(finished, tmp_path):
     assert run("plot", folder, "--overlay", "no_such_paper").exit_code == 2
 
 
+def test_a_compacted_run_is_a_run(finished, tmp_path, grid_file):
+    folder, _ = finished
+    result = run("compact", tmp_path / "small", folder)
+    assert result.exit_code == 0
+    assert "records.jsonl.xz: 4 records" in result.stdout
+    assert run("table", tmp_path / "small").stdout == run("table", folder).stdout
+    assert "nothing to run" in sweep(grid_file, tmp_path / "small", "--no-plot").stderr
+
+
+def test_the_packages_own_run_is_drawn_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("plot", "reference").stdout.split()[0] == "reference-frontier.png"
+    assert run("report", "reference").stdout.strip() == "reference-report.html"
+
+
 def test_plot_by_slice(finished, tmp_path):
     folder, _ = finished
     run("plot", folder, "--by-slice", "-o", tmp_path / "slices")

@@ -312,6 +312,28 @@ def test_a_csv_and_a_run_folder_as_overlay(tmp_path):
     assert frame["uncertainty"][0] == pytest.approx((row["high"] - row["low"]) / 2)
 
 
+def test_of_a_run_the_trials_on_the_same_data_are_the_overlay(tmp_path):
+    here = make_record(make_trial(), test=0.5)
+    entry = {**here.trial["data"]["test"][0], "examples": 77}
+    elsewhere = {**here.trial, "data": {**here.trial["data"], "test": [entry]}}
+    other = make_record(make_trial("mamba"), test=0.9).model_copy(update={"trial": elsewhere})
+    store = RunStore(tmp_path / "run", create=True)
+    store.write(here)
+    store.write(other)
+    assert read_overlay(store.path, [here])["accuracy"].tolist() == [0.5]
+    with pytest.raises(ConfigError, match="'reference' has no trial on this data; it has: mqar"):
+        read_overlay("reference", [here])
+
+
+def test_the_reference_as_overlay():
+    records = RunStore("reference").load()
+    figure2 = [r for r in records if r.trial["data"]["test"][0]["task"] == "mqar"]
+    frame = read_overlay("reference", figure2[:1])
+    assert "H200" in frame.attrs["name"]
+    window = frame[(frame["family"] == "sliding_window") & (frame["label"] == "d128 w65")].iloc[0]
+    assert window["accuracy"] == pytest.approx(0.514, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [

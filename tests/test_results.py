@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import pandas as pd
 import pytest
 from synthetic_records import make_record, make_trial
 
+from zoo.archive import pack_records
 from zoo.config import ModelConfig
 from zoo.errors import ConfigError, RecordError, UnsupportedError
 from zoo.record import family_name
-from zoo.results import RecordWarning, RunStore, export, labels, load_runs, table
+from zoo.results import REFERENCE, RecordWarning, RunStore, export, labels, load_runs, table
 
 
 @pytest.fixture
@@ -108,6 +110,66 @@ def test_a_folder_that_is_no_run_is_an_error_with_the_nearest_name(store):
     with pytest.raises(RecordError, match=r"no run folder.*Did you mean '.*/run'\?"):
         RunStore(store.path.parent / "rnu")
     assert not (store.path.parent / "rnu").exists()
+
+
+def test_a_compacted_run_reads_as_before(store):
+    ok, diverged = make_record(make_trial(seed=0)), make_record(make_trial(seed=1), status="diverged")
+    for record in (ok, diverged):
+        store.write(record)
+    before = store.load()
+    assert store.compact() == 2
+    assert not list(store.records.iterdir())
+    reader = RunStore(store.path)
+    assert reader.load() == before
+    assert reader.keys() == {ok.key, diverged.key}
+    assert reader.get(ok.key[:12]) == ok
+    late = make_record(make_trial(seed=2))
+    store.write(late)
+    assert len(store.load()) == 3
+    first = store.archive.read_bytes()
+    assert store.compact([ok]) == 3
+    assert {r.key for r in store.load()} == {ok.key, diverged.key, late.key}
+    assert store.archive.read_bytes() != first
+
+
+def test_compacting_keeps_the_better_record_of_a_trial(store):
+    failed, ok = make_record(status="failed"), make_record()
+    store.write(failed)
+    store.compact([ok])
+    assert [record.status for record in store.load()] == ["ok"]
+
+
+def test_an_archive_that_does_not_hold_what_was_written_costs_no_record(store, monkeypatch):
+    store.write(make_record())
+    monkeypatch.setattr("zoo.results.pack_records", lambda records: pack_records([]))
+    with pytest.raises(RecordError, match="nothing was removed"):
+        store.compact()
+    assert len(list(store.records.glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"no xz", "cannot be read: .* restore the file"),
+        (lzma.compress(b'{"key": 3}\n'), "line 1, key: .* schema version 1"),
+    ],
+)
+def test_a_broken_archive_says_what_is_wrong(store, content, fault):
+    store.archive.write_bytes(content)
+    with pytest.raises(RecordError, match=fault):
+        store.load()
+
+
+def test_the_reference_comes_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reference = RunStore(REFERENCE).load()
+    assert len(reference) >= 80
+    assert {record.status for record in reference} == {"ok"}
+    assert all(record.provenance.git and "H200" in record.provenance.device for record in reference)
+    assert all(record.outcome.agreement.same_answers > 0.99 for record in reference)
+    (tmp_path / REFERENCE).mkdir()
+    with pytest.raises(RecordError, match="no run folder"):
+        RunStore(REFERENCE)
 
 
 def test_the_sweep_snapshot(store):

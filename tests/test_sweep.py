@@ -64,6 +64,26 @@ def test_twice_the_same_sweep_runs_nothing_and_a_wider_one_only_what_is_new(tmp_
     assert len(records(tmp_path)) == 3
 
 
+def test_records_of_known_runs_are_copied_instead_of_run_again(tmp_path):
+    run(sweep(lr=[0.01, 0.02]), tmp_path / "first")
+    second = run(sweep(lr=[0.02, 0.03]), tmp_path / "second", known=[tmp_path / "first"])
+    assert len(second.done) == 1
+    assert len(second.earlier) == 1
+    mine, theirs = records(tmp_path / "second"), records(tmp_path / "first")
+    assert len(mine) == 2
+    (shared,) = mine.keys() & theirs.keys()
+    assert mine[shared] == theirs[shared]
+
+
+def test_a_failed_record_of_a_known_run_does_not_count(tmp_path):
+    store = RunStore(tmp_path / "first", create=True)
+    failed = sweep(lr=[0.01]).trials[0]
+    run(sweep(lr=[0.01]), store.path)
+    record = store.get(failed.key)
+    store.write(record.model_copy(update={"status": "failed", "outcome": None}))
+    assert kinds(run(sweep(lr=[0.01]), tmp_path / "second", known=[store.path])) == ["ok"]
+
+
 def test_a_record_holds_the_trial_and_how_it_ran(tmp_path):
     trials = sweep(lr=0.01)
     (record,) = run(trials, tmp_path).done

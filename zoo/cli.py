@@ -108,6 +108,9 @@ device_option = click.option("--device", help="cpu or cuda. Left out: cuda where
     "16 on a GPU, 1 on a CPU.",
 )
 @click.option("--shard", metavar="K/N", default="1/1", help="Run the K-th of N parts, in the run folder NAME-K-of-N.")
+@click.option(
+    "--known", multiple=True, metavar="RUN", help="Take records from there, such as `reference`, not run them again."
+)
 @device_option
 @click.option("--dry-run", is_flag=True, help="Print the trials and what they cost; run nothing.")
 @click.option("--retry-failed", is_flag=True, help="Run trials whose record is a failure again.")
@@ -125,6 +128,7 @@ def sweep(
     threads: int,
     pack: int | None,
     shard: str,
+    known: tuple[str, ...],
     device: str | None,
     dry_run: bool,
     retry_failed: bool,
@@ -147,7 +151,7 @@ def sweep(
     name = trials.name if part == (1, 1) else f"{trials.name}-{part[0]}-of-{part[1]}"
     run = Path(run_dir) if run_dir else Path("runs") / name
     if dry_run:
-        click.echo(plan_text(plan_sweep(trials, run, retry_failed=retry_failed, every=True), run))
+        click.echo(plan_text(plan_sweep(trials, run, known=known, retry_failed=retry_failed, every=True), run))
         return
     summary = run_sweep(
         trials,
@@ -159,6 +163,7 @@ def sweep(
         pack=pack,
         shard=part,
         plugins=plugins,
+        known=known,
         retry_failed=retry_failed,
         progress=not quiet,
     )
@@ -204,18 +209,24 @@ def trial(
 # --- looking at runs -------------------------------------------------------------------------------------------------
 
 runs_argument = click.argument("runs", nargs=-1, required=True, type=click.Path(), metavar="RUN [RUN ...]")
+runs_argument_optional = click.argument("runs", nargs=-1, type=click.Path(), metavar="[RUN ...]")
 
 
 @main.command()
 @runs_argument
-@click.option("--overlay", metavar="FILE", help="Points to draw hollow: a CSV, a run, or published results by name.")
+@click.option(
+    "--overlay", metavar="FILE", help="Points to draw hollow: a CSV, a run, `reference`, or published results by name."
+)
 @click.option("-o", "--output", metavar="PATH", help="PATH.png, .svg and .pdf are written; left out: RUN/frontier.")
 @click.option("--by-slice", is_flag=True, help="One panel a test slice instead of their mean.")
 def plot(runs: tuple[str, ...], overlay: str | None, output: str | None, by_slice: bool) -> None:
-    """Draw accuracy against measured state, with the Pareto frontier."""
+    """Draw accuracy against measured state, with the Pareto frontier.
+
+    A RUN is a run folder, or `reference`: the published grids as measured with zoo, which come with it.
+    """
     from zoo.results import load_runs
 
-    base = Path(output) if output else Path(runs[0]) / "frontier"
+    base = Path(output) if output else _beside(runs[0], "frontier")
     if base.suffix in (".png", ".svg", ".pdf"):
         base = base.with_suffix("")
     for path in draw(load_runs(runs), base, overlay, by_slice):
@@ -253,7 +264,7 @@ def report(runs: tuple[str, ...], output: str | None) -> None:
     from zoo.report import write_report
     from zoo.results import load_runs
 
-    path = Path(output) if output else Path(runs[0]) / "report.html"
+    path = Path(output) if output else _beside(runs[0], "report.html")
     write_report(load_runs(runs), path)
     click.echo(path)
 
@@ -267,6 +278,30 @@ def inspect(run: str, key: str) -> None:
     from zoo.text import record_text
 
     click.echo(record_text(RunStore(run).get(key)))
+
+
+@main.command()
+@click.argument("folder", type=click.Path())
+@runs_argument_optional
+def compact(folder: str, runs: tuple[str, ...]) -> None:
+    """Move the records of a run FOLDER, and copies of those of any RUN, into one small file of FOLDER.
+
+    Every command reads them there as before.
+    """
+    from zoo.results import RunStore, load_runs
+
+    others = load_runs(runs)
+    store = RunStore(folder, create=bool(others))
+    count = store.compact(others)
+    click.echo(f"{store.archive}: {count} records, {store.archive.stat().st_size:,} bytes")
+
+
+def _beside(run: str, name: str) -> Path:
+    """In the run's folder, or here if the run is the package's own."""
+    from zoo.results import REFERENCE, RunStore
+
+    path = RunStore(run).path
+    return path / name if path == Path(run) else Path(f"{REFERENCE}-{name}")
 
 
 def write_results(run: Path) -> None:
@@ -292,7 +327,7 @@ def draw(records: Sequence[Record], base: Path, overlay: str | None = None, by_s
     from zoo.plot import figure, read_overlay, save
 
     settings = frontier.split_by_data(records)
-    points = read_overlay(overlay) if overlay else None
+    points = read_overlay(overlay, records) if overlay else None
     if by_slice:
         return save(figure(frontier.by_slice(records), points), base)
     if len(settings) > 1:

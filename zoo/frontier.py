@@ -34,7 +34,7 @@ def split_by_data(records: Iterable[Record]) -> dict[str, list[Record]]:
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(_data_id(record), []).append(record)
+        groups.setdefault(data_id(record), []).append(record)
     titles = {identity: _data_title(members) for identity, members in groups.items()}
     return {
         title if list(titles.values()).count(title) == 1 else f"{title} (data {identity[:8]})": groups[identity]
@@ -42,7 +42,8 @@ def split_by_data(records: Iterable[Record]) -> dict[str, list[Record]]:
     }
 
 
-def _data_id(record: Record) -> str:
+def data_id(record: Record) -> str:
+    """Names the record's data setting, as `split_by_data` takes it."""
     setting = {name: value for name, value in record.trial["data"].items() if name != "seed"}
     return _hash([setting, {name: v for name, v in record.versions.items() if name.startswith("task ")}])
 

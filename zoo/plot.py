@@ -6,7 +6,7 @@ import hashlib
 import io
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from zoo.errors import ConfigError, did_you_mean
-from zoo.frontier import COVERAGE, frontier_table, staircase
+from zoo.frontier import COVERAGE, data_id, frontier_table, split_by_data, staircase
 from zoo.placement import Label, place
-from zoo.results import load_runs
+from zoo.record import Record
+from zoo.results import REFERENCE, load_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,11 +94,12 @@ def published() -> list[str]:
     return sorted(entry.name.removesuffix(".csv") for entry in folder.iterdir() if entry.name.endswith(".csv"))
 
 
-def read_overlay(source: str | Path) -> pd.DataFrame:
+def read_overlay(source: str | Path, records: Sequence[Record] = ()) -> pd.DataFrame:
     """Points to draw hollow behind a frontier: columns family, label, bytes, accuracy, uncertainty, source.
 
-    source: a CSV file with these columns (`#` begins a comment), a run folder, or the name of published results such as
-    `based_figure2`. `attrs["name"]` is what the figure calls it. Raises ConfigError on anything else.
+    source: a CSV file with these columns (`#` begins a comment), the name of published results such as
+    `based_figure2`, a run folder, or `reference`, the package's own run. Of a run, the trials on the same data as
+    `records` count. `attrs["name"]` is what the figure calls it. Raises ConfigError on anything else.
     """
     import pandas as pd
 
@@ -107,8 +109,9 @@ def read_overlay(source: str | Path) -> pd.DataFrame:
         text = resources.files("zoo").joinpath(PUBLISHED, f"{source}.csv").read_text("utf-8")
         frame = _check_overlay(_read_csv(text, str(source)), str(source))
         name = f"{source} (published, its state by formula)"
-    elif path.is_dir():
-        ran = frontier_table(load_runs([path]))
+    elif path.is_dir() or str(source) == REFERENCE:
+        measured = _on_same_data(load_runs([path]), records, str(source))
+        ran = frontier_table(measured)
         ran = ran[ran["status"] == "ok"]
         frame = pd.DataFrame(
             {
@@ -120,15 +123,28 @@ def read_overlay(source: str | Path) -> pd.DataFrame:
                 "source": str(source),
             }
         )
+        if str(source) == REFERENCE:
+            name = f"reference ({', '.join(sorted({record.provenance.device for record in measured}))})"
     elif path.is_file():
         frame = _check_overlay(_read_csv(path.read_text("utf-8"), str(source)), str(source))
     else:
         raise ConfigError(
             f"overlay {str(source)!r} is no CSV file, no run folder and no published result."
-            f"{did_you_mean(str(source), published())} Published: {', '.join(published())}."
+            f"{did_you_mean(str(source), [REFERENCE, *published()])} Published: {', '.join(published())}; "
+            f"measured with zoo: {REFERENCE}."
         )
     frame.attrs["name"] = name
     return frame
+
+
+def _on_same_data(measured: Sequence[Record], records: Sequence[Record], source: str) -> list[Record]:
+    asked = {data_id(record) for record in records}
+    found = [record for record in measured if not asked or data_id(record) in asked]
+    if not found:
+        raise ConfigError(
+            f"overlay {source!r} has no trial on this data; it has: {'; '.join(split_by_data(measured))}."
+        )
+    return found
 
 
 def _read_csv(text: str, source: str) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The store: one JSON record a trial in a run folder; and the table, one row a trial."""
+"""The store: one JSON record a trial in a run folder, or all in one archive; and the table, one row a trial."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import os
 import platform
 import warnings
 from collections.abc import Iterable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from zoo.archive import ARCHIVE, pack_records, read_archive
 from zoo.errors import ConfigError, RecordError, UnsupportedError, did_you_mean
 from zoo.record import SCHEMA, MeasuredState, Record, family_name
 
@@ -21,22 +23,30 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+REFERENCE = "reference"
+"""The run that comes with the package: published grids, measured by zoo."""
+
+
 class RecordWarning(UserWarning):
     """A stored record cannot be read and was set aside."""
 
 
 class RunStore:
-    """A run folder: `records/KEY.json`, one a trial; `sweep.json`, what was asked for; `corrupt/`, what was set aside.
+    """A run folder: `records/KEY.json`, one a trial, and those that were compacted into one file, the archive;
+    `sweep.json`, what was asked for; `corrupt/`, what was set aside. The path `reference` is the package's own run.
 
     create: make the folder. Without it a folder that does not exist raises RecordError: a typo is not an empty run.
     """
 
     def __init__(self, path: str | Path, create: bool = False) -> None:
         self.path = Path(path)
+        if str(path) == REFERENCE and not create and not self.path.exists():
+            self.path = Path(str(resources.files("zoo").joinpath("data", REFERENCE)))
         self.records = self.path / "records"
+        self.archive = self.path / ARCHIVE
         if create:
             self.records.mkdir(parents=True, exist_ok=True)
-        elif not self.records.is_dir():
+        elif not is_run(self.path):
             parent = self.path.parent
             runs = [str(p.parent) for p in sorted(parent.glob("*/records"))] if parent.is_dir() else []
             raise RecordError(
@@ -83,29 +93,29 @@ class RunStore:
     def write(self, record: Record) -> Path:
         """Store a record, in place of one with the same key. The file is either whole and on the disk, or not there."""
         path = self.records / f"{record.key}.json"
-        _write_durably(path, record.model_dump_json())
+        _write_durably(path, record.model_dump_json().encode())
         return path
 
     def keys(self) -> set[str]:
-        """The keys of the stored records; nothing is read, so a corrupt one counts."""
-        return {path.stem for path in self.records.glob("*.json")}
+        """The keys of the stored records; no file of records/ is read, so a corrupt one counts."""
+        return {path.stem for path in self.records.glob("*.json")} | set(self._archived())
 
     def load(self) -> list[Record]:
         """Every readable record, by key. One that cannot be read is named in a RecordWarning and moved to corrupt/."""
-        records = []
+        records = self._archived()
         # Every object stays alive, so collecting garbage meanwhile finds nothing and triples the time.
         collecting = gc.isenabled()
         gc.disable()
         try:
-            for path in sorted(self.records.glob("*.json")):
+            for path in self.records.glob("*.json"):
                 try:
-                    records.append(_read(path))
+                    records[path.stem] = _read(path)
                 except RecordError as error:
                     warnings.warn(f"{error} {self._set_aside(path)}", RecordWarning, stacklevel=2)
         finally:
             if collecting:
                 gc.enable()
-        return records
+        return [records[key] for key in sorted(records)]
 
     def get(self, key: str) -> Record:
         """The record whose key is, or begins with, `key`. Raises RecordError: none, several, or it cannot be read."""
@@ -121,14 +131,34 @@ class RunStore:
                 f"{len(found)} records begin with {key!r} ({some}{', ...' if len(found) > 5 else ''}); add digits."
             )
         path = self.records / f"{found[0]}.json"
+        if not path.is_file():
+            return self._archived()[found[0]]
         try:
             return _read(path)
         except RecordError as error:
             raise RecordError(f"{error} {self._set_aside(path)}") from error
 
+    def compact(self, others: Iterable[Record] = ()) -> int:
+        """Move every record into the archive, with copies of `others`; returns how many it then holds.
+
+        The files are removed when the archive has been read back and is the same. Of two records of one trial the one
+        of `load_runs` stays.
+        """
+        with self.lock():
+            kept = best_of([*self.load(), *others])
+            _write_durably(self.archive, pack_records(kept))
+            if list(self._archived().values()) != kept:
+                raise RecordError(f"{str(self.archive)!r} does not hold what was written to it; nothing was removed.")
+            for path in self.records.glob("*.json"):
+                path.unlink()
+        return len(kept)
+
+    def _archived(self) -> dict[str, Record]:
+        return read_archive(self.archive) if self.archive.is_file() else {}
+
     def write_sweep(self, snapshot: dict[str, Any]) -> None:
         """Store what was asked for, as plain data, in sweep.json."""
-        _write_durably(self.path / "sweep.json", json.dumps(snapshot, indent=1))
+        _write_durably(self.path / "sweep.json", json.dumps(snapshot, indent=1).encode())
 
     def read_sweep(self) -> dict[str, Any] | None:
         """The snapshot, or None when there is none. Raises RecordError when it is not valid JSON."""
@@ -150,6 +180,11 @@ class RunStore:
         except OSError as error:
             return f"It could not be moved to corrupt/ ({error.strerror}) and was skipped."
         return "It was moved to corrupt/; the same sweep runs this trial again."
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether there is a run folder."""
+    return (Path(path) / "records").is_dir() or (Path(path) / ARCHIVE).is_file()
 
 
 def _read(path: Path) -> Record:
@@ -184,12 +219,12 @@ def _wrong_schema(version: Any) -> str:
     return f"it has schema version {version}, this zoo reads {SCHEMA}"
 
 
-def _write_durably(path: Path, text: str) -> None:
+def _write_durably(path: Path, data: bytes) -> None:
     """Write to a temporary file beside `path`, fsync, rename, fsync the folder."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -205,12 +240,16 @@ def _write_durably(path: Path, text: str) -> None:
 
 def load_runs(paths: Iterable[str | Path]) -> list[Record]:
     """The records of several run folders together, by key; of one trial in two runs the ok one, then the newest."""
+    return best_of(record for path in paths for record in RunStore(path).load())
+
+
+def best_of(records: Iterable[Record]) -> list[Record]:
+    """One record a trial, by key: the ok one, then the newest."""
     best: dict[str, Record] = {}
-    for path in paths:
-        for record in RunStore(path).load():
-            other = best.get(record.key)
-            if other is None or _rank(record) > _rank(other):
-                best[record.key] = record
+    for record in records:
+        other = best.get(record.key)
+        if other is None or _rank(record) > _rank(other):
+            best[record.key] = record
     return [best[key] for key in sorted(best)]
 
 

@@ -19,7 +19,7 @@ from zoo.errors import ConfigError, UnsupportedError
 from zoo.executors import InlineExecutor, Job, JobPack, Listener, RayExecutor, Setting, import_ray, machine_slots
 from zoo.progress import make_progress
 from zoo.record import Record
-from zoo.results import RunStore, error_text
+from zoo.results import RunStore, error_text, is_run, load_runs
 from zoo.tasks import IGNORE, Task
 from zoo.text import clock
 
@@ -97,6 +97,7 @@ def run_sweep(
     pack: int | None = None,
     shard: tuple[int, int] = (1, 1),
     plugins: Sequence[str] = (),
+    known: Sequence[str | Path] = (),
     retry_failed: bool = False,
     progress: bool = True,
 ) -> Summary:
@@ -109,8 +110,9 @@ def run_sweep(
     GPU_PACK on a GPU, where a pack costs little more than a trial, and 1 elsewhere.
     plugins: files or modules that workers import; this process must have imported them already.
     shard: (k, n) runs the k-th of n equally dear parts, for machines without a Ray between them; each part needs a run
-    folder of its own, and figures take several. retry_failed: run trials whose record is a failure again. progress:
-    report on stderr.
+    folder of its own, and figures take several. known: other runs, such as `reference`, whose records of these trials
+    are copied instead of run again. retry_failed: run trials whose record is a failure again. progress: report on
+    stderr.
 
     Ctrl-C ends it with a summary whose `interrupted` is set; the same call later goes on.
 
@@ -122,7 +124,7 @@ def run_sweep(
     begin = time.monotonic()
     _check_arguments(executor, workers, threads, pack, shard)
     setting = make_setting(device, threads, plugins, executor)
-    plan = plan_sweep(sweep, run_dir, retry_failed=retry_failed)
+    plan = plan_sweep(sweep, run_dir, known=known, retry_failed=retry_failed)
     earlier = tuple(p.record for p in plan if p.record is not None and not p.will_run)
     store = RunStore(run_dir, create=True)
     done: dict[str, Record] = {}
@@ -131,6 +133,10 @@ def run_sweep(
         # Long packs first: the last ones to end are then short, and no slot idles for long.
         packs = make_packs(plan, pack or (GPU_PACK if setting.device.startswith("cuda") else 1), shard)
         jobs = [job for members in packs for job in members]
+        kept = store.keys()
+        for record in earlier:
+            if record.key not in kept:
+                store.write(record)
         store.write_sweep({"name": sweep.name, "source": sweep.source, "keys": [t.key for t in sweep.trials]})
         try:
             if jobs:
@@ -160,7 +166,12 @@ def make_setting(
 
 
 def plan_sweep(
-    sweep: Sweep, run_dir: str | Path, *, retry_failed: bool = False, every: bool = False
+    sweep: Sweep,
+    run_dir: str | Path,
+    *,
+    known: Sequence[str | Path] = (),
+    retry_failed: bool = False,
+    every: bool = False,
 ) -> list[PlannedTrial]:
     """What running `sweep` would do; nothing runs and nothing is written.
 
@@ -168,7 +179,9 @@ def plan_sweep(
 
     Raises ConfigError that names every setting that cannot run.
     """
-    records = {r.key: r for r in RunStore(run_dir).load()} if (Path(run_dir) / "records").is_dir() else {}
+    records = {record.key: record for record in load_runs(known) if record.status != "failed"}
+    if is_run(run_dir):
+        records |= {record.key: record for record in RunStore(run_dir).load()}
     due = {t.key for t in sweep.trials if t.key not in records or (retry_failed and records[t.key].status == "failed")}
     costs = _estimate([t for t in sweep.trials if every or t.key in due])
     rates = _rates(sweep.trials, records)

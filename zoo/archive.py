@@ -1,0 +1,43 @@
+"""Many records in one small file: JSON lines, compressed."""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from zoo.errors import RecordError
+from zoo.record import SCHEMA, Record
+
+ARCHIVE = "records.jsonl.xz"
+
+
+def pack_records(records: Iterable[Record]) -> bytes:
+    """The contents of an archive: the records by key, the same bytes for the same records."""
+    lines = (record.model_dump_json() for record in sorted(records, key=lambda record: record.key))
+    return lzma.compress("".join(f"{line}\n" for line in lines).encode(), preset=9)
+
+
+def read_archive(path: Path) -> dict[str, Record]:
+    """The records of an archive, by key. Raises RecordError that says what is wrong with the file."""
+    try:
+        lines = lzma.decompress(path.read_bytes()).splitlines()
+    except lzma.LZMAError as error:
+        raise RecordError(
+            f"archive {str(path)!r} cannot be read: {error}; restore the file, or delete it and run its trials again."
+        ) from error
+    records = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = Record.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the record"
+            raise RecordError(
+                f"archive {str(path)!r} cannot be read: line {number}, {place}: {first['msg']}; this zoo reads records "
+                f"of schema version {SCHEMA}."
+            ) from error
+        records[record.key] = record
+    return records
