@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -240,8 +241,13 @@ def test_a_compacted_run_is_a_run(finished, tmp_path, grid_file):
 
 def test_the_packages_own_run_is_drawn_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run("plot", "reference").stdout.split()[0] == "reference-frontier.png"
+    assert run("plot", "reference/based_figure2").stdout.split()[0] == "reference-based_figure2-frontier.png"
     assert run("report", "reference").stdout.strip() == "reference-report.html"
+    compared = run("table", "reference/based_figure2", "--overlay", "based_figure2").stdout
+    assert re.search(r"sliding_window  d128 w257 +0\.797 .* 0\.797 +[+-]0\.000 +263,168 +263,680", compared)
+    assert "median |difference|" in compared
+    none = run("table", "reference/based_figure2", "--overlay", tmp_path / "other.csv")
+    assert none.exit_code == 2
 
 
 def test_plot_by_slice(finished, tmp_path):

@@ -6,12 +6,14 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from synthetic_records import make_record, make_trial, make_zoo
 
 from zoo.errors import ConfigError, RecordError
 from zoo.frontier import (
     by_slice,
+    compare,
     frontier_table,
     hypervolume,
     hypervolumes,
@@ -372,3 +374,28 @@ def test_information_limit_is_none_when_unknown():
     missing = line_records({"bits": 80})
     missing[0].trial["data"]["test"][0]["task"] = "a_plugin_that_is_not_loaded"
     assert information_limit(missing) is None
+
+
+# --- beside other points ----------------------------------------------------------------------------------------------
+
+
+def test_a_row_meets_the_point_whose_settings_it_has():
+    records = [
+        make_record(make_trial("based", d_model=d), test=accuracy, state_bytes=100 * d)
+        for d, accuracy in ((16, 0.3), (32, 0.5), (64, 0.9))
+    ]
+    records.append(make_record(make_trial("mamba", d_model=64), test=0.7))
+    points = pd.DataFrame(
+        {
+            "family": ["based", "based", "gla"],
+            "label": ["d16 or d32", "d128", "d64"],
+            "bytes": [1500.0, 1.0, 1.0],
+            "accuracy": [0.4, 0.5, 0.5],
+            "uncertainty": [0.01, 0.0, 0.0],
+        }
+    )
+    frame = compare(frontier_table(records), points)
+    assert frame["label"].tolist() == ["d16", "d32"]
+    assert frame["difference"].tolist() == pytest.approx([-0.1, 0.1])
+    assert frame["point_bytes"].tolist() == [1500.0, 1500.0]
+    assert compare(frontier_table(records), points[1:]).empty

@@ -283,7 +283,7 @@ def test_the_published_points():
     # The authors' own formulas: 4 bytes a number, with the gated convolution's 3 d where there is one.
     bytes_of = {(r.family, r.label): r.bytes for r in frame.itertuples()}
     assert bytes_of["attention", "d64"] == 4 * (2 * 64 * 1024 + 3 * 64)
-    assert bytes_of["sliding_window", "d128 w8"] == 4 * (2 * 128 * 8 + 3 * 128)
+    assert bytes_of["sliding_window", "d128 w9"] == 4 * (2 * 128 * 8 + 3 * 128)
     for d, f in ((48, 8), (64, 8), (128, 8), (64, 16), (128, 16), (128, 24)):
         features = 1 + f + f * (f + 1) // 2
         assert bytes_of["based", f"d{d} f{f}"] == 4 * (features * (d + 1) + 3 * d)

@@ -167,6 +167,9 @@ def test_the_reference_comes_with_the_package(tmp_path, monkeypatch):
     assert {record.status for record in reference} == {"ok"}
     assert all(record.provenance.git and "H200" in record.provenance.device for record in reference)
     assert all(record.outcome.agreement.same_answers > 0.99 for record in reference)
+    assert set(RunStore(f"{REFERENCE}/based_figure2").keys()) <= {record.key for record in reference}
+    with pytest.raises(RecordError, match="'reference/based_figure3' is no run folder"):
+        RunStore(f"{REFERENCE}/based_figure3")
     (tmp_path / REFERENCE).mkdir()
     with pytest.raises(RecordError, match="no run folder"):
         RunStore(REFERENCE)

@@ -236,13 +236,17 @@ def plot(runs: tuple[str, ...], overlay: str | None, output: str | None, by_slic
 @main.command()
 @runs_argument
 @click.option("--frontier", is_flag=True, help="One row a model, over its seeds and learning rates.")
-def table(runs: tuple[str, ...], frontier: bool) -> None:
-    """Print the trials, or the frontier."""
+@click.option("--overlay", metavar="FILE", help="One row a model that the overlay has as well; see `zoo plot`.")
+def table(runs: tuple[str, ...], frontier: bool, overlay: str | None) -> None:
+    """Print the trials, the frontier, or a comparison with other points."""
     from zoo.results import load_runs
-    from zoo.text import frontier_text, trials_text
+    from zoo.text import comparison_text, frontier_text, trials_text
 
     records = load_runs(runs)
-    click.echo(frontier_text(records) if frontier else trials_text(records))
+    if overlay is not None:
+        click.echo(comparison_text(records, overlay))
+    else:
+        click.echo(frontier_text(records) if frontier else trials_text(records))
 
 
 @main.command()
@@ -298,10 +302,9 @@ def compact(folder: str, runs: tuple[str, ...]) -> None:
 
 def _beside(run: str, name: str) -> Path:
     """In the run's folder, or here if the run is the package's own."""
-    from zoo.results import REFERENCE, RunStore
+    from zoo.results import is_reference
 
-    path = RunStore(run).path
-    return path / name if path == Path(run) else Path(f"{REFERENCE}-{name}")
+    return Path("-".join([*Path(run).parts, name])) if is_reference(run) else Path(run) / name
 
 
 def write_results(run: Path) -> None:

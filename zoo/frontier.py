@@ -142,6 +142,28 @@ def _pareto_among(frame: pd.DataFrame, rows: NDArray[np.bool_]) -> NDArray[np.bo
     return flags
 
 
+def compare(frontier: pd.DataFrame, overlay: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a `frontier_table` that are also points of an overlay (see `zoo.plot.read_overlay`), side by side.
+
+    A row is a point if it is of the same family and its label has every setting of the point's; a point with several
+    readings, `d64 N16 or d128 N8`, gives a row each. Columns family, label, accuracy, low, high, state_bytes, and the
+    point's: point, point_accuracy, point_bytes, uncertainty; difference = accuracy - point_accuracy.
+    """
+    import pandas as pd
+
+    rows = []
+    for point in overlay.to_dict("records"):
+        readings = [set(reading.split()) for reading in point["label"].split(" or ")]
+        for row in frontier[frontier["status"] == "ok"].to_dict("records"):
+            if row["family"] == point["family"] and any(reading <= set(row["label"].split()) for reading in readings):
+                kept = {name: row[name] for name in ("family", "label", "accuracy", "low", "high", "n", "state_bytes")}
+                there = {"point": point["label"], "point_accuracy": point["accuracy"], "point_bytes": point["bytes"]}
+                difference = row["accuracy"] - point["accuracy"]
+                rows.append({**kept, **there, "uncertainty": point["uncertainty"], "difference": difference})
+    columns = ["family", "label", "accuracy", "low", "high", "n", "state_bytes", "point", "point_accuracy"]
+    return pd.DataFrame(rows, columns=[*columns, "point_bytes", "uncertainty", "difference"])
+
+
 def by_slice(records: Iterable[Record]) -> dict[str, pd.DataFrame]:
     """A frontier for each test slice: the chosen trials are the same, the state is that at the slice's length."""
     records = list(records)

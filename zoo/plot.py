@@ -17,7 +17,7 @@ from zoo.errors import ConfigError, did_you_mean
 from zoo.frontier import COVERAGE, data_id, frontier_table, split_by_data, staircase
 from zoo.placement import Label, place
 from zoo.record import Record
-from zoo.results import REFERENCE, load_runs
+from zoo.results import REFERENCE, is_reference, load_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,7 +98,7 @@ def read_overlay(source: str | Path, records: Sequence[Record] = ()) -> pd.DataF
     """Points to draw hollow behind a frontier: columns family, label, bytes, accuracy, uncertainty, source.
 
     source: a CSV file with these columns (`#` begins a comment), the name of published results such as
-    `based_figure2`, a run folder, or `reference`, the package's own run. Of a run, the trials on the same data as
+    `based_figure2`, a run folder, or `reference`, the package's own runs. Of a run, the trials on the same data as
     `records` count. `attrs["name"]` is what the figure calls it. Raises ConfigError on anything else.
     """
     import pandas as pd
@@ -109,7 +109,7 @@ def read_overlay(source: str | Path, records: Sequence[Record] = ()) -> pd.DataF
         text = resources.files("zoo").joinpath(PUBLISHED, f"{source}.csv").read_text("utf-8")
         frame = _check_overlay(_read_csv(text, str(source)), str(source))
         name = f"{source} (published, its state by formula)"
-    elif path.is_dir() or str(source) == REFERENCE:
+    elif path.is_dir() or is_reference(source):
         measured = _on_same_data(load_runs([path]), records, str(source))
         ran = frontier_table(measured)
         ran = ran[ran["status"] == "ok"]
@@ -123,7 +123,7 @@ def read_overlay(source: str | Path, records: Sequence[Record] = ()) -> pd.DataF
                 "source": str(source),
             }
         )
-        if str(source) == REFERENCE:
+        if is_reference(source):
             name = f"reference ({', '.join(sorted({record.provenance.device for record in measured}))})"
     elif path.is_file():
         frame = _check_overlay(_read_csv(path.read_text("utf-8"), str(source)), str(source))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 REFERENCE = "reference"
-"""The run that comes with the package: published grids, measured by zoo."""
+"""The runs that come with the package: published grids, measured with zoo. `reference/NAME` is one of them."""
 
 
 class RecordWarning(UserWarning):
@@ -33,15 +33,16 @@ class RecordWarning(UserWarning):
 
 class RunStore:
     """A run folder: `records/KEY.json`, one a trial, and those that were compacted into one file, the archive;
-    `sweep.json`, what was asked for; `corrupt/`, what was set aside. The path `reference` is the package's own run.
+    `sweep.json`, what was asked for; `corrupt/`, what was set aside. A folder of compacted runs reads as one run. The
+    path `reference` is the package's own, `reference/NAME` one of them.
 
     create: make the folder. Without it a folder that does not exist raises RecordError: a typo is not an empty run.
     """
 
     def __init__(self, path: str | Path, create: bool = False) -> None:
         self.path = Path(path)
-        if str(path) == REFERENCE and not create and not self.path.exists():
-            self.path = Path(str(resources.files("zoo").joinpath("data", REFERENCE)))
+        if not create and is_reference(path):
+            self.path = Path(str(resources.files("zoo").joinpath("data", *self.path.parts)))
         self.records = self.path / "records"
         self.archive = self.path / ARCHIVE
         if create:
@@ -147,14 +148,17 @@ class RunStore:
         with self.lock():
             kept = best_of([*self.load(), *others])
             _write_durably(self.archive, pack_records(kept))
-            if list(self._archived().values()) != kept:
+            if list(read_archive(self.archive).values()) != kept:
                 raise RecordError(f"{str(self.archive)!r} does not hold what was written to it; nothing was removed.")
             for path in self.records.glob("*.json"):
                 path.unlink()
         return len(kept)
 
     def _archived(self) -> dict[str, Record]:
-        return read_archive(self.archive) if self.archive.is_file() else {}
+        records: dict[str, Record] = {}
+        for path in _archives(self.path):
+            records |= read_archive(path)
+        return records
 
     def write_sweep(self, snapshot: dict[str, Any]) -> None:
         """Store what was asked for, as plain data, in sweep.json."""
@@ -184,7 +188,16 @@ class RunStore:
 
 def is_run(path: str | Path) -> bool:
     """Whether there is a run folder."""
-    return (Path(path) / "records").is_dir() or (Path(path) / ARCHIVE).is_file()
+    return (Path(path) / "records").is_dir() or bool(_archives(Path(path)))
+
+
+def is_reference(path: str | Path) -> bool:
+    """Whether the path names the package's own runs, or one of them; a folder of that name here comes first."""
+    return Path(path).parts[:1] == (REFERENCE,) and not Path(REFERENCE).exists()
+
+
+def _archives(folder: Path) -> list[Path]:
+    return [*folder.glob(ARCHIVE), *sorted(folder.glob(f"*/{ARCHIVE}"))]
 
 
 def _read(path: Path) -> Record:

@@ -120,6 +120,36 @@ def frontier_text(records: Sequence[Record]) -> str:
     return "\n\n".join([*blocks, "* on the Pareto frontier: no other model is as accurate with as little state."])
 
 
+def comparison_text(records: Sequence[Record], source: str) -> str:
+    """Each model that the overlay `source` has as well: accuracies, their difference, states; medians by family."""
+    from zoo.frontier import compare, frontier_table
+    from zoo.plot import read_overlay
+
+    overlay = read_overlay(source, records)
+    frame = compare(frontier_table(records), overlay)
+    if frame.empty:
+        raise ConfigError(f"none of the {len(overlay)} points of overlay {source!r} is of a model of these records.")
+    rows = [["model", "settings", "accuracy", "95 % interval", source, "difference", "state B", f"B, {source}"]]
+    for row in frame.to_dict("records"):
+        rows.append(
+            [
+                row["family"],
+                row["label"],
+                _fraction(row["accuracy"]),
+                "" if math.isnan(row["low"]) else f"{row['low']:.3f} .. {row['high']:.3f}",
+                _fraction(row["point_accuracy"]),
+                f"{row['difference']:+.3f}",
+                f"{row['state_bytes']:,}",
+                f"{row['point_bytes']:,.0f}",
+            ]
+        )
+    sizes = frame["difference"].abs()
+    medians = [["model", "points", "median |difference|", "largest"]]
+    for family, part in [*sizes.groupby(frame["family"]), ("all", sizes)]:
+        medians.append([str(family), str(len(part)), f"{part.median():.3f}", f"{part.max():.3f}"])
+    return f"{aligned(rows, right=(2, 4, 5, 6, 7))}\n\n{aligned(medians, right=(1, 2, 3))}"
+
+
 def _fraction(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.3f}"
 
