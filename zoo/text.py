@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from zoo.errors import ConfigError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
