@@ -1,0 +1,87 @@
+"""What the order of the sets costs, in a run of set disjointness: accuracy where the smaller set comes first, less that
+of the mirrored slices, for each model against its state. Prints a table and draws FIGURE.
+
+    python experiments/order_effect.py RUN [FIGURE.png]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from statistics import mean
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from zoo.frontier import frontier_table, split_by_data, t_interval
+from zoo.plot import style
+from zoo.record import Record
+from zoo.results import load_runs
+from zoo.text import aligned
+
+
+def order_effect(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a model: state_bytes, accuracy smaller set first and larger set first, and their gap, low and high.
+
+    Means over slices; then over seeds, with a 95 % t interval of the gap. Slices of equal sets do not count.
+    """
+    by_key = {record.key: record for record in records}
+    rows = []
+    for row in frontier_table(records).to_dict("records"):
+        seeds = [_by_order(by_key[key]) for key in row["keys"]]
+        if not seeds:
+            continue
+        gaps = [small - large for small, large in seeds]
+        # t_interval is of fractions; a gap is in [-1, 1].
+        low, high = (2 * bound - 1 for bound in t_interval([(1 + gap) / 2 for gap in gaps]))
+        means = {"smaller_first": mean(s for s, _ in seeds), "larger_first": mean(s for _, s in seeds)}
+        kept = {name: row[name] for name in ("family", "label", "state_bytes", "n")}
+        rows.append({**kept, **means, "gap": mean(gaps), "low": low, "high": high})
+    return pd.DataFrame(rows).sort_values("state_bytes", ignore_index=True)
+
+
+def _by_order(record: Record) -> tuple[float, float]:
+    assert record.outcome is not None
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for entry, part in zip(record.trial["data"]["test"], record.outcome.test, strict=True):
+        first, second = entry["size_a"], entry["size_b"]
+        if entry["first"] == "b":
+            first, second = second, first
+        if first != second:
+            found[first < second].append(part.accuracy)
+    return mean(found[True]), mean(found[False])
+
+
+def main(run: str, figure: str | None = None) -> None:
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for line, (title, records) in zip(("-", "--", ":"), split_by_data(load_runs([run])).items(), strict=False):
+        frame = order_effect(records)
+        rows = [["model", "settings", "state B", "smaller first", "larger first", "gap", "95 % interval", "seeds"]]
+        for row in frame.itertuples():
+            interval = "" if row.n < 2 else f"{row.low:+.3f} .. {row.high:+.3f}"
+            accuracies = [f"{row.smaller_first:.3f}", f"{row.larger_first:.3f}", f"{row.gap:+.3f}"]
+            rows.append([row.family, row.label, f"{row.state_bytes:,}", *accuracies, interval, str(row.n)])
+        print(f"{title}\n{aligned(rows, right=(2, 3, 4, 5, 7))}\n")
+        passes = records[0].trial["data"]["test"][0]["num_passes"]
+        for family, part in frame.groupby("family"):
+            look = style(str(family))
+            name = f"{look.name}, given {'once' if passes == 1 else f'{passes} times'}"
+            common = {"color": look.colour, "marker": look.marker, "linestyle": line}
+            axes[0].plot(part["state_bytes"], part["smaller_first"], label=f"{name}: smaller set first", **common)
+            axes[0].plot(
+                part["state_bytes"], part["larger_first"], label="larger set first", **common, markerfacecolor="white"
+            )
+            spread = [part["gap"] - part["low"].fillna(part["gap"]), part["high"].fillna(part["gap"]) - part["gap"]]
+            axes[1].errorbar(part["state_bytes"], part["gap"], yerr=spread, capsize=2, label=name, **common)
+    for ax, label in zip(axes, ("test accuracy", "gap, smaller less larger set first"), strict=True):
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel("measured recurrent state of one sequence, bytes")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    if figure is not None:
+        fig.savefig(figure, dpi=200)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
