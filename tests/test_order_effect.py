@@ -20,13 +20,12 @@ def script():
 
 
 def record(seed: int, accuracies: tuple[float, ...]):
-    trial = make_trial(seed=seed)
+    made = make_record(make_trial(seed=seed), test=0.5)
     sizes = ((4, 32, "a"), (32, 4, "a"), (32, 4, "b"), (8, 8, "a"))
-    trial["data"]["test"] = [
+    made.trial["data"]["test"] = [
         {"task": "set_disjointness", "examples": 1000, "size_a": a, "size_b": b, "first": first, "num_passes": 1}
         for a, b, first in sizes
     ]
-    made = make_record(trial, test=0.5)
     test = tuple(
         made.outcome.test[0].model_copy(update={"name": str(i), "accuracy": accuracy})
         for i, accuracy in enumerate(accuracies)
