@@ -22,9 +22,18 @@ from zoo.kernels.launch import Config, forced
 from zoo.sweep import make_setting
 from zoo.testing.ops import run_op
 
-_COMPILERS = 12
-# case, shape, dtype, and a kernel with the config to try for it.
-Job = tuple[str, Shape, torch.dtype, str | None, Config | None]
+_COMPILERS = 24
+
+
+class Job(NamedTuple):
+    """A case to compile: ours, with a config to try for one of its kernels or by rule, or a peer's."""
+
+    case: str
+    shape: Shape
+    dtype: torch.dtype
+    peer: str | None = None
+    kernel: str | None = None
+    config: Config | None = None
 
 
 class Timing(NamedTuple):
@@ -110,10 +119,12 @@ def command(
     jobs: list[Job] = []
     for case in cases:
         for shape in chosen or case.shapes:
-            jobs += [(case.name, shape, d, None, None) for d in dict.fromkeys((torch.bfloat16, *checked))]
+            jobs += [Job(case.name, shape, d) for d in dict.fromkeys((torch.bfloat16, *checked))]
             if sweep_configs:
                 tried = case.configs(shape).items()
-                jobs += [(case.name, shape, torch.bfloat16, k, config) for k, configs in tried for config in configs]
+                jobs += [Job(case.name, shape, torch.bfloat16, None, k, c) for k, configs in tried for c in configs]
+            elif timed and peers:
+                jobs += [Job(case.name, shape, torch.bfloat16, peer) for peer in case.peers]
     compile_all(jobs)
     rates = {"copy_bytes_per_s": copy_bandwidth(), "matmul_flops_per_s": matmul_rate()}
     click.echo(save_environment(out, environment(make_setting("cuda", torch.get_num_threads(), ())) | rates))
@@ -277,30 +288,37 @@ def compile_all(jobs: Sequence[Job]) -> None:
     """Compile every kernel that the jobs run, on all cores, into Triton's cache on disk: here one takes seconds."""
     workers = min(_COMPILERS, os.cpu_count() or 1, len(jobs))
     start = time.monotonic()
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_forget_tuning) as pool:
         refused = [why for why in pool.map(compile_one, jobs) if why]
     click.echo(f"compiled {len(jobs)} cases in {time.monotonic() - start:.0f} s; {len(refused)} refused")
     for why in refused:
         click.echo(f"    {why}")
 
 
+def _forget_tuning() -> None:
+    """flash-linear-attention would keep what it found fastest, and beside other work on the GPU that is chance."""
+    os.environ["FLA_CACHE_RESULTS"] = "0"
+
+
 def compile_one(job: Job) -> str:
-    name, shape, dtype, kernel, config = job
     # Two sequences: kernels are specialised on lengths and strides, not on the batch.
-    small = shape._replace(B=2)
-    (case,) = (c for c in select(name) if c.name == name)
-    inputs = case.inputs(small, Draw("cuda", dtype, 0))
+    small = job.shape._replace(B=2)
+    (case,) = (c for c in select(job.case) if c.name == job.case)
+    inputs = case.inputs(small, Draw("cuda", job.dtype, 0))
 
     def run() -> float:
-        run_op(case.ours, inputs, 0)
+        run_op(case.ours if job.peer is None else case.peers[job.peer](), inputs, 0)
         return 0.0
 
-    if kernel is None or config is None:
+    if job.kernel is None or job.config is None:
         _, why = attempt(run)
     else:
-        with forced(kernel, config):
+        with forced(job.kernel, job.config):
             _, why = attempt(run)
-    return f"{name} {shape} {dtype} {kernel} {config}: {why}" if why else ""
+    # A peer that is not installed or refuses says so where it is timed.
+    asked = (job.peer, job.kernel, job.config)
+    return f"{job.case} {job.shape} {job.dtype} {asked}: {why}" if why and job.peer is None else ""
 
 
 def parse_shape(text: str) -> Shape:
