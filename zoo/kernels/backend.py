@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -21,7 +22,10 @@ def backend(package: str, impls: tuple[str, ...], impl: str | None, device: torc
     if impl not in impls:
         op = package.rpartition(".")[2]
         raise UnsupportedError(f"{op} has no backend {impl!r}; choose one of {', '.join(impls)}, or None.")
-    return importlib.import_module(f"{package}.{impl}")
+    return _module(f"{package}.{impl}")
+
+
+_module = functools.cache(importlib.import_module)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -19,9 +19,15 @@ def check_shapes(op: str, **arguments: tuple[Tensor | None, str]) -> dict[str, i
     for name, (tensor, letters) in arguments.items():
         if tensor is None:
             continue
-        shape = tuple(tensor.shape)
-        if len(shape) != len(letters) or any(sizes.get(a, n) != n for a, n in zip(letters, shape, strict=True)):
+        shape = tensor.shape
+        fits = len(shape) == len(letters)
+        if fits:
+            # Written out, since every call of every op comes by here.
+            for letter, size in zip(letters, shape, strict=True):
+                if sizes.setdefault(letter, size) != size:
+                    fits = False
+                    break
+        if not fits:
             expected = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in letters)
-            raise UnsupportedError(f"{op}: {name} has shape {shape}; expected ({expected}).")
-        sizes.update(zip(letters, shape, strict=True))
+            raise UnsupportedError(f"{op}: {name} has shape {tuple(shape)}; expected ({expected}).")
     return sizes
