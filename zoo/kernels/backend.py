@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from types import ModuleType
@@ -31,6 +32,13 @@ _module = functools.cache(importlib.import_module)
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that recurrences accumulate in: fp64 for fp64 inputs, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Autocast off for x's device, where it is on: it would take an op's products in half precision."""
+    device = x.device.type
+    # To enter and leave torch.autocast costs as much as a small operation.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def step_backend(T: int, state: Tensor | None, return_state: bool, *inputs: Tensor | None) -> str | None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, full_precision
 from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton")
@@ -33,5 +32,5 @@ def activation(x: Tensor, bias: Tensor, kind: Kind, *, scale: float = 1.0, impl:
     if kind not in get_args(Kind):
         raise UnsupportedError(f"activation: kind {kind!r} is unknown; use one of {', '.join(get_args(Kind))}.")
     module = backend(__name__, IMPLS, impl, x.device)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         return module.activation(x, bias, kind, scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, full_precision
 from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton")
@@ -47,5 +47,5 @@ def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor, *, impl: str | 
         raise UnsupportedError(f"answer_loss: answers are {answers.dtype}; give torch.int64.")
     module = backend(__name__, IMPLS, impl, hidden.device)
     # Autocast would take the logits in half precision.
-    with torch.autocast(hidden.device.type, enabled=False):
+    with full_precision(hidden):
         return AnswerLoss(*module.answer_loss(hidden, weight, answers))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend, step_backend
+from zoo.kernels.backend import backend, full_precision, step_backend
 from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton", "step", "step_triton")
@@ -65,7 +64,7 @@ def delta_rule(
     impl = impl or step_backend(sizes["T"], initial_state, return_state, q, k, v, beta, decay, initial_state)
     run = backend(__name__, IMPLS, impl, v.device).delta_rule
     # Autocast would take the products in half precision.
-    with torch.autocast(v.device.type, enabled=False):
+    with full_precision(v):
         return run(q, k, v, beta, decay, min_decay=min_decay, initial_state=initial_state, return_state=return_state)
 
 
@@ -117,7 +116,7 @@ def generalized_delta_rule(
     _check("generalized_delta_rule", sizes["T"], min_decay)
     impl = impl or step_backend(sizes["T"], initial_state, return_state, q, k, v, a, b, decay, initial_state)
     run = backend(__name__, IMPLS, impl, v.device).generalized_delta_rule
-    with torch.autocast(v.device.type, enabled=False):
+    with full_precision(v):
         return run(q, k, v, a, b, decay, min_decay=min_decay, initial_state=initial_state, return_state=return_state)
 
 

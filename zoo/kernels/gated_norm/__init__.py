@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, full_precision
 from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton")
@@ -65,5 +64,5 @@ def gated_norm(
     if (skip is None) != (skip_weight is None):
         raise UnsupportedError("gated_norm: only one of skip and skip_weight is given; give both, or neither.")
     module = backend(__name__, IMPLS, impl, x.device)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         return module.gated_norm(x, gate, weight, bias, skip, skip_weight, kind, gate_first, scale, eps)

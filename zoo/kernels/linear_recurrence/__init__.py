@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend, step_backend
+from zoo.kernels.backend import backend, full_precision, step_backend
 from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton", "step", "step_triton")
@@ -68,5 +67,5 @@ def linear_recurrence(
     impl = impl or step_backend(sizes["T"], initial_state, return_state, q, k, v, decay, bonus, initial_state)
     run = backend(__name__, IMPLS, impl, q.device).linear_recurrence
     # Autocast would take the products in half precision.
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q):
         return run(q, k, v, decay, bonus=bonus, initial_state=initial_state, return_state=return_state)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, full_precision
 from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton")
@@ -47,5 +46,5 @@ def long_conv(
     check_shapes("long_conv", u=(u, "BTD"), past=(past, "BPD"))
     module = backend(__name__, IMPLS, impl, u.device)
     # Autocast would take products in half precision.
-    with torch.autocast(u.device.type, enabled=False):
+    with full_precision(u):
         return module.long_conv(u, kernel, skip, gate, past)

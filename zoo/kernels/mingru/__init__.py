@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, full_precision
 from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton")
@@ -32,5 +31,5 @@ def mingru_inputs(candidate: Tensor, gate: Tensor, *, impl: str | None = None) -
     """
     check_shapes("mingru_inputs", candidate=(candidate, "BTD"), gate=(gate, "BTD"))
     module = backend(__name__, IMPLS, impl, gate.device)
-    with torch.autocast(gate.device.type, enabled=False):
+    with full_precision(gate):
         return module.mingru_inputs(candidate, gate, SMALLEST_STEP)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, full_precision
 from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton")
@@ -27,7 +26,7 @@ def outer_product(k: Tensor, v: Tensor, *, impl: str | None = None) -> Tensor:
     """
     check_shapes("outer_product", k=(k, "BTIH"), v=(v, "BTJH"))
     module = backend(__name__, IMPLS, impl, k.device)
-    with torch.autocast(k.device.type, enabled=False):
+    with full_precision(k):
         return module.outer_product(k, v)
 
 
@@ -47,5 +46,5 @@ def read_product(q: Tensor, s: Tensor, *, impl: str | None = None) -> Tensor:
     """
     check_shapes("read_product", q=(q, "BTIH"), s=(s, "BTIJH"))
     module = backend(__name__, IMPLS, impl, s.device)
-    with torch.autocast(s.device.type, enabled=False):
+    with full_precision(s):
         return module.read_product(q, s)

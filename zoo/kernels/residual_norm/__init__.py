@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, full_precision
 from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton")
@@ -55,5 +55,5 @@ def residual_norm(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     module = backend(__name__, IMPLS, impl, x.device)
-    with torch.autocast(device, enabled=False):
+    with full_precision(x):
         return ResidualNorm(*module.residual_norm(x, branch, weight, bias, kind, eps, dtype))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend, step_backend
+from zoo.kernels.backend import backend, full_precision, step_backend
 from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton", "step", "step_triton")
@@ -71,5 +70,5 @@ def selective_scan(
     impl = impl or step_backend(sizes["T"], initial_state, return_state, x, dt, A, B, C, D, z, initial_state)
     module = backend(__name__, IMPLS, impl, x.device)
     # Autocast would take products in half precision.
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         return module.selective_scan(x, dt, A, B, C, D, z, initial_state, return_state)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, full_precision
 from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton")
@@ -32,5 +31,5 @@ def shared_keys(C: Tensor, B: Tensor, dt: Tensor, *, impl: str | None = None) ->
     if sizes["H"] % sizes["G"]:
         raise UnsupportedError(f"shared_keys: {sizes['H']} heads in {sizes['G']} groups; give as many heads to each.")
     module = backend(__name__, IMPLS, impl, B.device)
-    with torch.autocast(B.device.type, enabled=False):
+    with full_precision(B):
         return module.shared_keys(C, B, dt)

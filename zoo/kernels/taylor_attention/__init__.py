@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.backend import backend, step_backend
+from zoo.kernels.backend import backend, full_precision, step_backend
 from zoo.kernels.shapes import check_shapes
 from zoo.kernels.taylor_attention.features import num_features
 
@@ -68,6 +67,6 @@ def taylor_attention(
     impl = impl or step_backend(sizes["T"], S, return_state, q, k, v, S, z)
     run = backend(__name__, IMPLS, impl, q.device).taylor_attention
     # Autocast would take the products in half precision.
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q):
         o, state = run(q, k, v, initial_state=initial_state, return_state=return_state, eps=eps)
     return o, TaylorState(*state) if return_state else None

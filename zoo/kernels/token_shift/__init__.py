@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from zoo.kernels.backend import backend
+from zoo.kernels.backend import backend, full_precision
 from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton")
@@ -38,5 +37,5 @@ def token_shift(
     """
     check_shapes("token_shift", x=(x, "BTD"), weight=(weight, "ND"), offset=(offset, "NBTD"), previous=(previous, "BD"))
     module = backend(__name__, IMPLS, impl, x.device)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         return tuple(module.token_shift(x, weight, offset, previous))
