@@ -14,7 +14,7 @@ from zoo.kernels.launch import Config
 
 V = 8192
 SHAPES = tuple(Shape(256, Q, 1, 64) for Q in (64, 16, 4)) + tuple(Shape(256, Q, 2, 64) for Q in (64, 16, 4))
-SHAPES += (Shape(256, 64, 4, 64), Shape(256, 16, 8, 64))
+SHAPES += (Shape(256, 64, 4, 64), Shape(256, 16, 8, 64), Shape(64, 16, 12, 64), Shape(64, 16, 16, 64))
 
 
 def _inputs(shape: Shape, draw: Draw) -> dict[str, Any]:

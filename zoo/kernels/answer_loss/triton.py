@@ -11,12 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from zoo.errors import UnsupportedError
 from zoo.kernels.answer_loss import kernels
 from zoo.kernels.launch import Config, check_launch, configured, fold_batch, padded, precision, rows
 from zoo.kernels.parts import sum_parts
 
-LARGEST_HIDDEN = 512
 # Enough to occupy a GPU of 132 multiprocessors, and not so many that the parts cost more than they gain.
 PROGRAMS = 256
 COMBINE_ROWS = 16
@@ -24,11 +22,6 @@ COMBINE_ROWS = 16
 
 def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
     check_launch("answer_loss", hidden, weight)
-    if hidden.shape[1] > LARGEST_HIDDEN:
-        raise UnsupportedError(
-            f"answer_loss: hidden has {hidden.shape[1]} channels; the Triton backend has up to {LARGEST_HIDDEN}. "
-            "Pass impl='chunked'."
-        )
     if hidden.shape[0] == 0:
         # As a sum over no rows, so that the gradients exist.
         return hidden.sum(1).float() + 0 * weight.sum(), answers
@@ -51,14 +44,14 @@ def _forward(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, T
     strides = (*hidden.stride()[:2], *weight.stride()[:2])
     kernels.forward_kernel[(blocks * parts,)](
         hidden, weight, largest, total, best, M, V, groups * M, steps, parts, *strides,
-        D=D, BLOCK_D=padded(D), ROWS=config.chunk, COLUMNS=config.block, EVEN=V % config.block == 0,
+        D=D, BLOCK_D=_channels(hidden), ROWS=config.chunk, COLUMNS=config.block, EVEN=V % config.block == 0,
         PRECISION=precision(hidden), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     loss, log_sum = (torch.empty(groups, M, dtype=torch.float32, device=hidden.device) for _ in range(2))
     prediction = torch.empty_like(answers, memory_format=torch.contiguous_format)
     kernels.combine_kernel[(triton.cdiv(groups * M, COMBINE_ROWS),)](
         hidden, weight, largest, total, best, answers.contiguous(), loss, log_sum, prediction, M, groups * M, parts,
-        *strides, D=D, BLOCK_D=padded(D), ROWS=COMBINE_ROWS,
+        *strides, D=D, BLOCK_D=_channels(hidden), ROWS=COMBINE_ROWS,
     )  # fmt: skip
     return loss, prediction, log_sum
 
@@ -84,10 +77,11 @@ def _backward(hidden: Tensor, weight: Tensor, answers: Tensor, log_sum: Tensor, 
         return torch.empty(number, *like.shape, dtype=dtype, device=like.device)
 
     dhidden, dweight = parts(hidden_parts, hidden), parts(weight_parts, weight)
-    kernels.backward_kernel[(groups * (hidden_blocks * hidden_parts + weight_blocks * weight_parts),)](
+    programs = hidden_blocks * hidden_parts + weight_blocks * weight_parts
+    kernels.backward_kernel[(groups * programs * triton.cdiv(D, _channels(hidden)),)](
         hidden, head, answers.contiguous(), log_sum, dloss.contiguous(), dhidden, dweight, M, V, groups,
         hidden_steps, hidden_parts, weight_steps, weight_parts, *hidden.stride()[:2], *head.stride()[:2],
-        D=D, BLOCK_D=padded(D), ROWS=config.chunk, COLUMNS=config.block, PRECISION=precision(hidden),
+        D=D, BLOCK_D=_channels(hidden), ROWS=config.chunk, COLUMNS=config.block, PRECISION=precision(hidden),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return sum_parts(dhidden[None], hidden.dtype).squeeze(0), sum_parts(dweight[None], weight.dtype).squeeze(0)
@@ -113,14 +107,20 @@ fold_batch(_forward)
 fold_batch(_backward)
 
 
+def _channels(hidden: Tensor) -> int:
+    """Channels of a tile: all, where as many fit."""
+    D, most = hidden.shape[-1], {torch.float32: 128, torch.float16: 256}.get(hidden.dtype, 512)
+    return padded(D) if most >= D else min(most, 256)
+
+
 def forward_config(hidden: Tensor) -> Config:
     """chunk: rows that a program keeps; block: rows of the other side that it meets at a time."""
-    widest = padded(hidden.shape[-1])
+    D = hidden.shape[-1]
     if hidden.dtype == torch.float32:
         return Config(chunk=32, block=32, num_warps=4, num_stages=1)
-    if widest <= 128:
-        return Config(chunk=64, block=128, num_warps=4, num_stages=2 if widest <= 64 else 3)
-    return Config(chunk=64, block=64, num_warps=4 if widest <= 256 else 8, num_stages=2)
+    if D <= 128:
+        return Config(chunk=64, block=128, num_warps=4, num_stages=2 if D <= 64 else 3)
+    return Config(chunk=64, block=64, num_warps=4 if D <= 256 else 8, num_stages=2 if _channels(hidden) >= D else 1)
 
 
 def backward_config(hidden: Tensor) -> Config:
