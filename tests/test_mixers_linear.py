@@ -1,4 +1,4 @@
-"""linear_attention, based, retnet, gla, mamba2, rwkv6: parity with public code, the state, the initialisation."""
+"""linear_attention, based, retnet, gla, mamba2, rwkv4, rwkv6: parity with public code, states, the initialisation."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from zoo.mixers.gla import GLA
 from zoo.mixers.linear_attention import LinearAttention
 from zoo.mixers.mamba2 import Mamba2
 from zoo.mixers.retnet import RetNet
+from zoo.mixers.rwkv4 import RWKV4
 from zoo.mixers.rwkv6 import RWKV6, RWKV6State
 from zoo.state import measure_state
 from zoo.testing.tolerances import TOLERANCES, relative_error
@@ -47,6 +48,7 @@ CASES = [
     (RetNet, {"num_heads": 2}),
     (GLA, {"num_heads": 2, "gate_rank": 3}),
     (Mamba2, {"d_state": 3, "head_dim": 16, "num_groups": 4, "conv_width": 8}),
+    (RWKV4, {}),
     (RWKV6, {"head_dim": 4, "mix_rank": 2, "decay_rank": 3}),
 ]
 
@@ -118,6 +120,34 @@ def test_mamba2_is_the_one_of_transformers(groups):
     assert_parity(state.ssm, cache.get_recurrent_state(0, state_idx=0).mT)
     # It keeps one input more than the next token needs.
     assert_parity(state.conv, cache.get_conv_state(0, state_idx=0)[..., 1:].mT)
+
+
+@torch.no_grad()
+def test_rwkv4_is_the_one_of_transformers():
+    """The same weights give the same outputs, in parallel and token by token from a state, and the same state."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
+
+    # One sequence: for one token, the oracle mixes up those of a batch.
+    mixer, x = build(RWKV4, noise=0.3, index=1, depth=3), tokens(B=1)
+    oracle = RwkvSelfAttention(transformers.RwkvConfig(hidden_size=D, num_hidden_layers=1)).eval()
+    weights = dict(mixer.state_dict())
+    r, k, v = 1 - weights.pop("shifts")[:, None, None]
+    renamed = {"time_mix_receptance": r, "time_mix_key": k, "time_mix_value": v}
+    renamed |= {"time_decay": weights.pop("decay"), "time_first": weights.pop("bonus")}
+    oracle.load_state_dict(weights | renamed)
+    assert_parity(mixer(x), oracle(x)[0])
+
+    empty = torch.zeros(1, D, 1)
+    y, after = oracle(x[:, :60], [empty, *(empty.clone() for _ in range(3)), empty - 1e38], use_cache=True)
+    got, state = mixer.prefill(x[:, :60])
+    assert_parity(got, y)
+    for t in range(60, 70):
+        y, after = oracle(x[:, t : t + 1], after, use_cache=True)
+        got, state = mixer.step(x[:, t], state)
+        assert_parity(got, y[:, 0])
+    for mine, theirs in zip((state.previous, *state.wkv), after[1:], strict=True):
+        assert_parity(mine, theirs[..., 0])
 
 
 @torch.no_grad()
@@ -234,6 +264,7 @@ def test_relu_before_anything_matches_is_zero_not_nan():
         (RetNet, 64, {"num_heads": 4}, 4 * 16 * 32),
         (GLA, 64, {"num_heads": 4}, 4 * 8 * 16),
         (Mamba2, 64, {"d_state": 16}, 128 * 16 + 3 * (128 + 2 * 16)),
+        (RWKV4, 64, {}, 4 * 64),
         (RWKV6, 64, {"head_dim": 32}, 64 * 32 + 64),
     ],
     ids=lambda x: getattr(x, "__name__", None),
@@ -261,6 +292,23 @@ def test_mamba2_starts_as_the_official_code_has_it():
     assert mixer.out_proj.weight.abs().max() == pytest.approx(1024**-0.5 / 2, rel=1e-2)
     exempt = {name for name, p in mixer.named_parameters() if getattr(p, "_no_weight_decay", False)}
     assert exempt == {"dt_bias", "A_log", "D"}
+
+
+@torch.no_grad()
+def test_rwkv4_starts_as_the_official_code_has_it():
+    first, last = (build(RWKV4, d_model=64, index=i, depth=3) for i in (0, 2))
+    assert first.decay[0] == last.decay[0] == -5
+    assert first.decay[-1] == last.decay[-1] == 3
+    assert first.decay[32] == pytest.approx(-5 + 8 * (32 / 63) ** 0.7, abs=1e-5)
+    assert last.decay[32] == pytest.approx(-5 + 8 * (32 / 63) ** 2, abs=1e-5)
+    torch.testing.assert_close(first.bonus[:4], math.log(0.3) + torch.tensor([0.0, 0.5, -0.5, 0.0]))
+    # Half way through the channels: of r, k, v.
+    torch.testing.assert_close(first.shifts[:, 32], 1 - torch.tensor([0.5**0.5, 0.5, 0.5]))
+    assert last.shifts[2, 32] == pytest.approx(1 - 0.5 ** (1 / 3) - 0.3)
+    torch.testing.assert_close(first.value.weight @ first.value.weight.T, torch.eye(64), rtol=0, atol=1e-5)
+    assert not any(linear.weight.any() for linear in (first.receptance, first.key, first.output))
+    decayed = {name for name, p in first.named_parameters() if p.dim() > 1 and not hasattr(p, "_no_weight_decay")}
+    assert decayed == {f"{name}.weight" for name in ("receptance", "key", "value", "output")}
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from zoo.kernels.linear_recurrence import linear_recurrence
 from zoo.kernels.selective_scan import selective_scan
 from zoo.kernels.short_conv import short_conv
 from zoo.kernels.taylor_attention import TaylorState, taylor_attention
+from zoo.kernels.wkv import WKVState, wkv
 from zoo.state import map_tensors, named_tensors
 from zoo.testing.ops import check_op
 from zoo.testing.tolerances import TOLERANCES
@@ -77,6 +78,14 @@ def conv(W, bias=True, activation="silu"):
     return partial(short_conv, activation=activation), make
 
 
+def average(seed):
+    state = {"numerator": "BD", "denominator": "BD", "largest": "BD"}
+    a = inputs(1, {"k": "BTD", "v": "BTD", "bonus": "D"} | state, B=2, D=5, seed=seed)
+    numerator, denominator, largest = (a.pop(name) for name in state)
+    a["decay"] = decays(5, seed=seed)
+    return a | {"initial_state": WKVState(numerator, denominator.detach().exp().requires_grad_(), largest)}
+
+
 CASES = {
     "linear": linear(),
     "linear head": linear("head"),
@@ -94,6 +103,7 @@ CASES = {
     "scan fixed": scan(fixed=True, bare=True),
     "conv": conv(4),
     "conv bare": conv(2, bias=False, activation=None),
+    "wkv": (wkv, average),
 }
 
 
@@ -131,7 +141,7 @@ def test_choice_of_a_step():
 
 
 @pytest.mark.parametrize("impl", ["step", "step_triton"])
-@pytest.mark.parametrize("name", ["linear", "delta", "generalized", "taylor", "scan", "conv"])
+@pytest.mark.parametrize("name", ["linear", "delta", "generalized", "taylor", "scan", "conv", "wkv"])
 def test_more_or_less_than_a_step_is_refused(name, impl):
     op, make = CASES[name]
     a = make(0)
@@ -154,11 +164,13 @@ def test_fused_steps_under_vmap(name):
     op, make = CASES[name]
     packs = [dict(named_tensors(make(seed))) for seed in (0, 1)]
     stacked = {n: torch.stack([pack[n] for pack in packs]).detach() for n in packs[0]}
+    kind = type(make(0)["initial_state"])
 
     def run(tensors):
         x = {n: t for n, t in tensors.items() if "." not in n}
-        if "initial_state.S" in tensors:
-            x["initial_state"] = TaylorState(tensors["initial_state.S"], tensors["initial_state.z"])
+        state = [t for n, t in tensors.items() if n.startswith("initial_state.")]
+        if state:
+            x["initial_state"] = kind(*state)
         return dict(named_tensors(op(**x, impl="step_triton")))
 
     with torch.no_grad():
@@ -168,7 +180,7 @@ def test_fused_steps_under_vmap(name):
                 torch.testing.assert_close(together[n][i], want)
 
 
-@pytest.mark.parametrize("name", ["linear bonus", "generalized channel", "taylor", "scan", "conv"])
+@pytest.mark.parametrize("name", ["linear bonus", "generalized channel", "taylor", "scan", "conv", "wkv"])
 def test_fused_steps_are_sound_custom_ops(name):
     """Their fake kernels agree with the real ones, and they leave their arguments as they were."""
     op, make = CASES[name]

@@ -31,6 +31,7 @@ mixers: Registry[Mixer] = Registry(
         "mamba2": "zoo.mixers.mamba2:Mamba2",
         "mingru": "zoo.mixers.mingru:MinGRU",
         "retnet": "zoo.mixers.retnet:RetNet",
+        "rwkv4": "zoo.mixers.rwkv4:RWKV4",
         "rwkv6": "zoo.mixers.rwkv6:RWKV6",
         "rwkv7": "zoo.mixers.rwkv7:RWKV7",
         "s4d": "zoo.mixers.s4d:S4D",

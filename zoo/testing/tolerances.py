@@ -19,6 +19,7 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "linear_recurrence": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "delta_rule": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "generalized_delta_rule": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "wkv": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "taylor_attention": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "short_conv": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "selective_scan": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
@@ -34,6 +35,8 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "token_shift": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "token_embedding": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "linear": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "ssm_kernel": {torch.float32: 1e-5},
+    "implicit_filter": {torch.float32: 1e-5},
     "joined_rows": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "answer_loss": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
 }

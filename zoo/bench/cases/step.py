@@ -17,6 +17,7 @@ from zoo.kernels.selective_scan import selective_scan
 from zoo.kernels.short_conv import short_conv
 from zoo.kernels.taylor_attention import TaylorState, taylor_attention
 from zoo.kernels.taylor_attention.features import num_features
+from zoo.kernels.wkv import WKVState, wkv
 from zoo.state import map_tensors
 
 SHAPES = (Shape(256, 1, 1, 64), Shape(256, 1, 2, 32), Shape(8, 1, 16, 64))
@@ -70,6 +71,13 @@ def _conv(shape: Shape, draw: Draw) -> dict[str, Any]:
     B, D = shape.B, shape.H * shape.D
     inputs = {"x": draw.normal(B, 1, D), "weight": draw.normal(D, WIDTH), "bias": draw.normal(D)}
     return inputs | {"initial_state": draw.normal(B, WIDTH - 1, D)}
+
+
+def _average(shape: Shape, draw: Draw) -> dict[str, Any]:
+    B, D = shape.B, shape.H * shape.D
+    inputs = {"k": draw.normal(B, 1, D), "v": draw.normal(B, 1, D), "decay": draw.log_decay(D), "bonus": draw.normal(D)}
+    numerator, denominator, largest = (draw.normal(B, D).float() for _ in range(3))
+    return inputs | {"initial_state": WKVState(numerator, denominator.exp(), largest)}
 
 
 def _detached(shape: Shape, draw: Draw, inputs: Callable[[Shape, Draw], dict[str, Any]]) -> dict[str, Any]:
@@ -167,3 +175,4 @@ _register("generalized_delta_rule", generalized_delta_rule, _generalized, {"fla 
 _register("taylor_attention", taylor_attention, _taylor)
 _register("selective_scan", selective_scan, _scan)
 _register("short_conv", partial(short_conv, activation="silu"), _conv)
+_register("wkv", wkv, _average)
