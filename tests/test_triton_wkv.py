@@ -53,7 +53,7 @@ def test_a_sound_custom_op(state):
     a = arguments(3, B=1, D=3, state=state)
     first = torch.stack(a["initial_state"], 1).detach().requires_grad_() if state else None
     shared = [a[name][None].detach().requires_grad_() for name in ("decay", "bonus")]
-    with forced("wkv.forward", Config(chunk=2, block=4, num_warps=1, num_stages=1)):
+    with forced("wkv.walk", Config(chunk=2, block=4, num_warps=1, num_stages=1)):
         torch.library.opcheck(fused_module._forward, (a["k"], a["v"], *shared, first, state, True))
 
 

@@ -36,7 +36,7 @@ def _fla() -> Op:
 
 def _configs(shape: Shape) -> dict[str, list[Config]]:
     tried = ["8 32 1 1", "4 32 1 1", "16 32 1 1", "4 64 1 1", "8 64 1 1", "8 64 2 1", "16 64 2 1", "8 16 1 1"]
-    return {"wkv.forward": [Config(*map(int, c.split())) for c in tried]}
+    return {"wkv.walk": [Config(*map(int, c.split())) for c in tried]}
 
 
 register(

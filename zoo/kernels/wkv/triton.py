@@ -32,7 +32,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state and, to `keep` for the backward, the states before each chunk: (B, chunks, 3, D)."""
     B, T, D = k.shape
-    k, v, config = rows(k), rows(v), configured("wkv.forward", config_of, D)
+    k, v, config = rows(k), rows(v), configured("wkv.walk", config_of, D)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     last, kept = (
         torch.empty(shape, dtype=torch.float32, device=k.device) for shape in _state_shapes(k, return_state, keep)
@@ -67,7 +67,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of k, v, decay, bonus and the initial state; the last without elements unless `has_first`."""
     B, T, D = k.shape
-    k, v, do, config = rows(k), rows(v), rows(do), configured("wkv.forward", config_of, D)
+    k, v, do, config = rows(k), rows(v), rows(do), configured("wkv.walk", config_of, D)
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     parts = [torch.empty(B, D, dtype=torch.float32, device=k.device) for _ in range(2)]
     dfirst = torch.empty(B, 3 if has_first else 0, D, dtype=torch.float32, device=k.device)
@@ -130,5 +130,5 @@ def _options(D: int, config: Config) -> dict[str, int]:
 
 def _state_shapes(k: Tensor, return_state: bool, keep: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     B, T, D = k.shape
-    chunks = triton.cdiv(T, configured("wkv.forward", config_of, D).chunk)
+    chunks = triton.cdiv(T, configured("wkv.walk", config_of, D).chunk)
     return (B, 3, D) if return_state else (B, 0), (B, chunks, 3, D) if keep else (B, 0)
