@@ -82,6 +82,24 @@ def test_extreme_decays(name, decay, extreme):
     check(name, arguments(name, 33, decay, extreme=extreme))
 
 
+@pytest.mark.parametrize(
+    ("name", "min_decay"), [("delta_rule", -0.6), ("generalized_delta_rule", -0.6), ("generalized_delta_rule", None)]
+)
+def test_no_bit_of_an_output_depends_on_later_tokens(name, min_decay):
+    T = 18
+    x, other = (arguments(name, T, "channel", state=False, seed=seed) for seed in range(2))
+    # A sequence has other tokens from its place on; the last has none.
+    places = (1, 3, 6, 12, 17, T)
+    changed = (torch.arange(T) >= torch.tensor(places)[:, None])[..., None]
+    for key in x:
+        x[key] = torch.where(changed if key == "beta" else changed[..., None], other[key], x[key])
+    x["decay"] = 0.03 * x["decay"]
+    with torch.no_grad():
+        o, _ = RULES[name](**x, min_decay=min_decay, impl="triton")
+    for n, place in enumerate(places):
+        assert torch.equal(o[n, :place], o[-1, :place]), place
+
+
 @pytest.mark.parametrize(("name", "decay"), [("delta_rule", "step"), ("generalized_delta_rule", "channel")])
 def test_several_sequences_heads_and_blocks_of_columns(name, decay):
     check(name, arguments(name, 3, decay, B=2, H=2, K=3, V=70))

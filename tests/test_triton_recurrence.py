@@ -118,6 +118,22 @@ def test_large_heads_without_a_decay():
     check(arguments("none", 34, K=65, V=3))
 
 
+@pytest.mark.parametrize("kind", ["step", "channel", "bonus"])
+def test_no_bit_of_an_output_depends_on_later_tokens(kind):
+    T = 18
+    x, other = (arguments(kind, T, state=False, seed=seed) for seed in range(2))
+    # A sequence has other tokens from its place on; the last has none.
+    places = (1, 3, 6, 12, 17, T)
+    changed = (torch.arange(T) >= torch.tensor(places)[:, None])[:, :, None, None]
+    for name in ("q", "k", "v", "decay"):
+        each = changed if x[name].dim() == 4 else changed[..., 0]
+        x[name] = torch.where(each, other[name], x[name])
+    with torch.no_grad():
+        o, _ = linear_recurrence(**x, impl="triton")
+    for n, place in enumerate(places):
+        assert torch.equal(o[n, :place], o[-1, :place]), place
+
+
 def test_less_than_e_to_the_minus_20_is_nothing():
     """Channels that forget all: finite, and as the recurrence has it but for what e^-20 keeps."""
     x = arguments("channel", 18)

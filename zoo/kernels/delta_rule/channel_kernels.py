@@ -14,9 +14,10 @@ DELTA: the delta rule, where a = a(t, t-1) k, the keys are beta k and b is their
 `gradient_kernel` takes all chunks at once again.
 
 Inside a chunk a(t, s) is split into a factor of t and one of s. BOUNDED: from the middle of the chunk, where the caller
-knows that neither overflows. Else no factor may be above 1: in an aligned block of 2h steps the first h reach the last
-h through its middle, and h from 1 to C/2 covers every pair once. The logarithms of the factors are products of g with
-a matrix of 0 and 1, and dg collects slopes through the same matrix transposed.
+knows that neither overflows. The decay to there is rounded to a power of 2: steps behind t then change exponents that
+cancel, and no bit of o_t. Else no factor may be above 1: in an aligned block of 2h steps the first h reach the last h
+through its middle, and h from 1 to C/2 covers every pair once. The logarithms of the factors are products of g with a
+matrix of 0 and 1, and dg collects slopes through the same matrix transposed.
 """
 
 from __future__ import annotations
@@ -103,14 +104,14 @@ def prepare_kernel(
     decayed += head * (4 if BOUNDED else 3) * size + at * K
     if BOUNDED:
         b_since = tl.cumsum(b_g, 0)
-        middle = tl.sum(tl.where((row < C // 2)[:, None], b_g, 0.0), 0)
+        middle = tl.floor(tl.sum(tl.where((row < C // 2)[:, None], b_g, 0.0), 0))
         tl.store(totals + chunk * (2 * K) + i, tl.exp2(middle), mask=i < K)
         tl.store(totals + chunk * (2 * K) + K + i, tl.exp2(tl.sum(b_g, 0) - middle), mask=i < K)
-        b_since -= middle[None, :]
-        store_rows(since + (head * T + at) * K, b_since, row, K, live, i, K, BLOCK_K)
-        near = tl.exp2(-b_since)
-        far_q = (b_q * tl.exp2(b_since)).to(dtype)
-        far_a = (b_a * tl.exp2(b_since if DELTA else b_since - b_g)).to(dtype)
+        middle = middle[None, :]
+        store_rows(since + (head * T + at) * K, b_since - middle, row, K, live, i, K, BLOCK_K)
+        near = tl.exp2(-b_since) * tl.exp2(middle)
+        far_q = (b_q * (tl.exp2(b_since) * tl.exp2(-middle))).to(dtype)
+        far_a = (b_a * (tl.exp2(b_since if DELTA else b_since - b_g) * tl.exp2(-middle))).to(dtype)
         b_b = (b_b * near).to(dtype)
         b_k = (b_k * near).to(dtype)
         store_rows(decayed, far_q, row, K, live, i, K, BLOCK_K)

@@ -37,7 +37,7 @@ def forward(
     channel_kernels.prepare_kernel[(B * H * chunks,)](
         q, k, decay, u, read, written, scores, whole, T, H, _group(bonus, q),
         *q.stride()[:3], *k.stride()[:3], *decay.stride(), *u.stride()[:2],
-        K=K, BLOCK=min(config.block, padded(K)), C=C, HALVINGS=C.bit_length() - 4, BONUS=bonus is not None,
+        K=K, BLOCK=min(config.block, padded(K)), C=C, HALVINGS=C.bit_length() - 3, BONUS=bonus is not None,
         PRECISION=precision(q), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     first = q if initial_state is None else initial_state.contiguous()
@@ -98,7 +98,7 @@ def backward(
     channel_kernels.gradient_kernel[(B * H * chunks * triton.cdiv(K, block),)](
         q, k, v, decay, u, do, states, D, dq, dk, dg, du, T, H, group,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *decay.stride(), *u.stride()[:2], *do.stride()[:3],
-        K=K, V=V, BLOCK=block, BLOCK_V=padded(V), C=C, HALVINGS=C.bit_length() - 4, BONUS=bonus is not None,
+        K=K, V=V, BLOCK=block, BLOCK_V=min(padded(V), 64), C=C, HALVINGS=C.bit_length() - 4, BONUS=bonus is not None,
         PRECISION=precision(q),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -176,18 +176,18 @@ fold_batch(backward)
 def prepare_config(q: Tensor, v: Tensor) -> Config:
     """Its chunk holds for all kernels of the op: a short one makes less work of a chunk, and a longer walk."""
     if q.dtype == torch.float32:
-        return Config(chunk=16, block=64, num_warps=4, num_stages=1)
+        return Config(chunk=16, block=32, num_warps=4, num_stages=1)
     return Config(chunk=16 if q.shape[1] <= 512 else 32, block=64, num_warps=1, num_stages=1)
 
 
 def walk_config(q: Tensor, v: Tensor) -> Config:
     if padded(q.shape[-1]) > 64:
-        return Config(chunk=0, block=32, num_warps=4, num_stages=3)
+        return Config(chunk=0, block=32, num_warps=4 if padded(q.shape[-1]) <= 128 else 8, num_stages=3)
     return Config(chunk=0, block=64, num_warps=4, num_stages=4)
 
 
 def chunks_backward_config(q: Tensor, v: Tensor, C: int) -> Config:
     """In chunks of 64 steps it would take wgmma, which Triton 3.6 miscompiles here: wrong dq, dk and ddecay in bf16."""
-    if C == 16 and q.dtype != torch.float32:
-        return Config(chunk=0, block=32, num_warps=1 if padded(v.shape[-1]) <= 64 else 4, num_stages=1)
+    if q.dtype == torch.float32 or C == 16:
+        return Config(chunk=0, block=32, num_warps=4 if q.dtype == torch.float32 else 1, num_stages=1)
     return Config(chunk=0, block=64, num_warps=4, num_stages=1)

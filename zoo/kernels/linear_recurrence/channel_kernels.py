@@ -13,10 +13,12 @@ their slope; over t >= u, what t reads from S; over s < u, what s writes to D; a
 
 The decay a(t, s) = exp(g_{s+1} + ... + g_t) inside a chunk must be split into a factor of t and one of s. In an aligned
 block of 2h steps the first h reach the last h through its middle: a(t, s) = a(t, middle) a(middle, s), two factors
-below 1, and one array holds those of both halves. Halving h from C/2 to 8 leaves the pairs within blocks of 8 steps.
-There the two factors are taken through the middle too, and one may be as large as e^80, but not more, because no step
-counts for less than e^-20 (what that keeps is below the rounding of an fp32 state). Sums of decays, and of slopes, over
-neighbouring steps are products with matrices of 0 and 1, so nothing small is ever a difference of large sums.
+below 1, and one array holds those of both halves. Halving h from C/2 to 4 leaves the pairs within blocks of 4 steps.
+There the two factors are taken from the start of the block, and one may be as large as e^80, but not more, because no
+step counts for less than e^-20 (what that keeps is below the rounding of an fp32 state). So no bit of an output depends
+on a later decay. A gradient may: `gradient_kernel` stops at blocks of 8, with both factors through their middle, in the
+same range. Sums of decays, and of slopes, over neighbouring steps are products with matrices of 0 and 1, so nothing
+small is ever a difference of large sums.
 
 With a bonus the output reads the state before its own step: the decay of step t is left out of a(t, s).
 """
@@ -50,6 +52,12 @@ def to_middle(i, j, h, BONUS: tl.constexpr):
 def paired(i, j, h, size: tl.constexpr):
     """Whether steps i and j are in different halves of the same block of 2h."""
     return ((i ^ j) & (size - h)) == h
+
+
+@triton.jit
+def from_start(i, j, BONUS: tl.constexpr):
+    """Whether the decay of step j is between the start of i's block of 4 and step i."""
+    return ((i ^ j) < 4) & (j < i if BONUS else j <= i)
 
 
 @triton.jit
@@ -100,18 +108,18 @@ def prepare_kernel(
         kept = tl.exp2(tl.dot((s > t).to(sum_dtype), b_g, input_precision=PRECISION))
         store_rows(written_k, b_k * kept, row, H * K, live, column, K, BLOCK)
 
-        kept = tl.dot(from_middle(t, s, BONUS).to(sum_dtype), b_g, input_precision=PRECISION)
+        kept = tl.dot(from_start(t, s, BONUS).to(sum_dtype), b_g, input_precision=PRECISION)
         far = (b_q * tl.exp2(kept)).to(near_dtype)
         if BONUS:
-            kept = tl.dot(from_middle(t, s, False).to(sum_dtype), b_g, input_precision=PRECISION)
+            kept = tl.dot(from_start(t, s, False).to(sum_dtype), b_g, input_precision=PRECISION)
         near = (b_k * tl.exp2(-kept)).to(near_dtype)
         pairs = tl.dot(far, tl.trans(near), input_precision=PRECISION)
-        b_scores += tl.where(((t ^ s) < 8) & (s < t if BONUS else s <= t), pairs, 0.0)
+        b_scores += tl.where(((t ^ s) < 4) & (s < t if BONUS else s <= t), pairs, 0.0)
         if BONUS:
             b_u = tl.load(u + column, mask=column < K, other=0.0).to(tl.float32)
             b_scores += tl.where(t == s, tl.sum(b_q.to(tl.float32) * b_k * b_u[None, :], 1)[:, None], 0.0)
-        for halving in range(HALVINGS):
-            half = 8 << halving
+        for halving in tl.static_range(HALVINGS):
+            half = 4 << halving
             kept = tl.exp2(tl.dot(to_middle(t, s, half, BONUS).to(sum_dtype), b_g, input_precision=PRECISION))
             mixed = (tl.where((t & half) != 0, b_q, b_k) * kept).to(dtype)
             pairs = tl.dot(mixed, tl.trans(mixed), input_precision=PRECISION)
@@ -196,32 +204,43 @@ def gradient_kernel(
     t = row[:, None]
     s = row[None, :]
     live = at + row < T
-    j = tl.arange(0, BLOCK_V)
     b_q = load_rows(q + b * q_b + h * q_h + at * q_t, row, q_t, live, column, K, BLOCK)
     b_k = load_rows(k + b * k_b + h * k_h + at * k_t, row, k_t, live, column, K, BLOCK)
     b_g = log_decays(g + b * g_b + h * g_h + at * g_t, row, g_t, g_c, live, column, K)
-    b_v = load_rows(v + b * v_b + h * v_h + at * v_t, row, v_t, live, j, V, BLOCK_V)
-    b_do = load_rows(do + b * do_b + h * do_h + at * do_t, row, do_t, live, j, V, BLOCK_V)
-    state = part * K * V + column[:, None] * V + j[None, :]
-    inside = (column < K)[:, None] & (j < V)[None, :]
-    b_S = tl.load(S + state, mask=inside, other=0.0)
-    b_D = tl.load(D + state, mask=inside, other=0.0)
-    over = tl.exp2(tl.sum(b_g, 0)) * tl.sum(b_S.to(tl.float32) * b_D, 1)
+    v += b * v_b + h * v_h + at * v_t
+    do += b * do_b + h * do_h + at * do_t
+    # The slope of a pair's score stands at (t, s) and at (s, t).
+    slopes = tl.zeros((C, C), tl.float32)
+    transposed = tl.zeros((C, C), tl.float32)
+    b_dq = tl.zeros((C, BLOCK), tl.float32)
+    b_dk = tl.zeros((C, BLOCK), tl.float32)
+    over = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, V, BLOCK_V):
+        j = first + tl.arange(0, BLOCK_V)
+        b_v = load_rows(v, row, v_t, live, j, V, BLOCK_V)
+        b_do = load_rows(do, row, do_t, live, j, V, BLOCK_V)
+        state = part * K * V + column[:, None] * V + j[None, :]
+        inside = (column < K)[:, None] & (j < V)[None, :]
+        b_S = tl.load(S + state, mask=inside, other=0.0)
+        b_D = tl.load(D + state, mask=inside, other=0.0)
+        over += tl.sum(b_S.to(tl.float32) * b_D, 1)
+        b_dq = tl.dot(b_do, tl.trans(b_S), b_dq, input_precision=PRECISION)
+        b_dk = tl.dot(b_v, tl.trans(b_D), b_dk, input_precision=PRECISION)
+        slopes = tl.dot(b_do, tl.trans(b_v), slopes, input_precision=PRECISION)
+        transposed = tl.dot(b_v, tl.trans(b_do), transposed, input_precision=PRECISION)
+    now = tl.sum(tl.where(t == s, slopes, 0.0), 1)[:, None]
+    slopes = tl.where(t > s, slopes, transposed)
+    over *= tl.exp2(tl.sum(b_g, 0))
     b_g = b_g.to(sum_dtype)
     # What reads S, and all in last halves, counts for the decays up to its own step; what is written to D, and all in
     # first halves, for those behind it.
     kept = tl.exp2(tl.dot((s < t if BONUS else s <= t).to(sum_dtype), b_g, input_precision=PRECISION))
-    b_dq = tl.dot(b_do, tl.trans(b_S), input_precision=PRECISION) * kept
+    b_dq *= kept
     counts = (s > t if BONUS else s >= t).to(wide_dtype)
     b_dg = tl.dot(counts, (b_q * b_dq).to(wide_dtype), input_precision=PRECISION) + over[None, :]
     kept = tl.exp2(tl.dot((s > t).to(sum_dtype), b_g, input_precision=PRECISION))
-    b_dk = tl.dot(b_v, tl.trans(b_D), input_precision=PRECISION) * kept
+    b_dk *= kept
     b_dg = tl.dot((s < t).to(wide_dtype), (b_k * b_dk).to(wide_dtype), b_dg, input_precision=PRECISION)
-
-    # The slope of a pair's score stands at (t, s) and at (s, t).
-    slopes = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-    now = tl.sum(tl.where(t == s, slopes, 0.0), 1)[:, None]
-    slopes = tl.where(t > s, slopes, tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION))
 
     kept = tl.dot(from_middle(t, s, BONUS).to(sum_dtype), b_g, input_precision=PRECISION)
     far_kept = tl.exp2(kept)
