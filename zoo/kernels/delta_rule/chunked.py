@@ -16,7 +16,7 @@ would lose a small decay beside large ones. Where the caller bounds g, e^{G_t} e
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +44,8 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     q, k, write, w = _chunks(q, k, beta[..., None].to(state_dtype(v.dtype)) * k, v)
     chunk = _decayed([q, k], [], [write], decay, min_decay)
-    (q, k), (read, mix), (write,) = chunk.readers, chunk.scores, chunk.writers
-    o, S = _scan(q, k, w, mix, read, write, None, chunk, initial_state, return_state)
+    (q, k), (read, mix) = chunk.readers, chunk.scores
+    o, S = _scan(q, k, w, mix, read, None, chunk, initial_state, return_state)
     return _join(o, v), S
 
 
@@ -63,22 +63,23 @@ def generalized_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     q, k, minus_a, b, values = _chunks(q, k, -a, b, v)
     chunk = _decayed([q], [minus_a], [b, k], decay, min_decay)
-    (q, minus_a), (read_b, read_k, mix_b, mix_k) = chunk.readers, chunk.scores
-    read, write = torch.cat([read_b, read_k], dim=-1), torch.cat(chunk.writers, dim=-2)
-    o, S = _scan(q, minus_a, -mix_k @ values, mix_b, read, write, values, chunk, initial_state, return_state)
+    (q, minus_a), (read, mix) = chunk.readers, chunk.scores
+    mix_b, mix_k = mix.chunk(2, dim=-1)
+    o, S = _scan(q, minus_a, -(mix_k @ values), mix_b, read, values, chunk, initial_state, return_state)
     return _join(o, v), S
 
 
 class _Chunk(NamedTuple):
-    """What the decay makes of readers and writers, all (B, H, chunks, C, K), and of the state; None is a factor of 1.
+    """What the decay makes of readers and writers and of the state; None is a factor of 1.
 
-    scores: row by column, (B, H, chunks, C, C), each reader's with all writers, 0 where the write is not before it.
-    readers meet the state before the chunk, S; the next one is total * S + leave * (writers^T w).
+    scores: each reader's (B, H, chunks, C, W C) with the W writers beside each other, 0 where the write is not before
+    it. readers (B, H, chunks, C, K) meet the state before the chunk, S; the next one is total * S + leave * (writers^T
+    w), writers (B, H, chunks, W C, K).
     """
 
     scores: list[Tensor]
     readers: list[Tensor]
-    writers: list[Tensor]
+    writers: Tensor
     leave: Tensor | None
     total: Tensor | None
 
@@ -88,7 +89,8 @@ def _decayed(
 ) -> _Chunk:
     """readers stand after the decay and the write of their step, `early` readers before both."""
     if decay is None:
-        return _Chunk(_products(readers, early, writers), readers + early, writers, None, None)
+        columns = _cat(writers, -2)
+        return _Chunk(_products(readers, early, columns), readers + early, columns, None, None)
     (g,) = _chunks(decay if decay.dim() == 4 else decay[..., None])
     C = g.shape[-2]
     since = g.cumsum(-2)
@@ -97,29 +99,33 @@ def _decayed(
     decayed = [x * after for x in readers] + [x * before for x in early]
     if min_decay is not None and -min_decay * C <= LARGEST:
         growth = (-since).exp()
-        grown = [x * growth for x in writers]
+        grown = _cat([x * growth for x in writers], -2)
         return _Chunk(_products(decayed[: len(readers)], decayed[len(readers) :], grown), decayed, grown, total, total)
     # A reader before step t is one after step t - 1.
     rows = readers + [_earlier(x) for x in early]
     if decay.dim() == 4:
-        scores = list(_ChannelScores.apply(g, len(rows), *rows, *writers))
+        pairs = _ChannelScores.apply(g, len(rows), *rows, *writers)
     else:
         # The sum of g over s+1..t at (t, s).
         left = g.expand(*g.shape[:-1], C).tril(-1).cumsum(-2).exp().tril()
-        scores = [(r @ c.mT) * left for r in rows for c in writers]
-    late = len(readers) * len(writers)
-    scores = scores[:late] + [_later(x) for x in scores[late:]]
+        pairs = [(r @ c.mT) * left for r in rows for c in writers]
+    scores = [_cat(pairs[i : i + len(writers)], -1) for i in range(0, len(pairs), len(writers))]
+    scores = scores[: len(readers)] + [_later(x) for x in scores[len(readers) :]]
     until = _suffix_sum(_earlier(g)).exp()
-    return _Chunk(scores, decayed, [x * until for x in writers], None, total)
+    return _Chunk(scores, decayed, _cat([x * until for x in writers], -2), None, total)
 
 
-def _products(readers: list[Tensor], early: list[Tensor], writers: list[Tensor]) -> list[Tensor]:
-    C = writers[0].shape[-2]
+def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+def _products(readers: list[Tensor], early: list[Tensor], columns: Tensor) -> list[Tensor]:
+    C = (readers + early)[0].shape[-2]
     # A product with a mask, its gradient too, is several times as fast as tril.
-    before = torch.ones(C, C, dtype=writers[0].dtype, device=writers[0].device).tril(-1)
-    until = before + torch.eye(C, dtype=before.dtype, device=before.device)
-    scores = [(r @ c.mT) * until for r in readers for c in writers]
-    return scores + [(r @ c.mT) * before for r in early for c in writers]
+    until = columns.new_ones(C, C).tril()
+    before = until.tril(-1)
+    until, before = (mask.repeat(1, columns.shape[-2] // C) for mask in (until, before))
+    return [(r @ columns.mT) * until for r in readers] + [(r @ columns.mT) * before for r in early]
 
 
 def _scan(
@@ -128,21 +134,20 @@ def _scan(
     w: Tensor,
     mix: Tensor,
     read: Tensor,
-    write: Tensor,
     values: Tensor | None,
     chunk: _Chunk,
     S: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Chunk by chunk: w solves (I + tril(mix, -1)) w = w - k S; o = q S + read [w, values]; S += write^T [w, values].
+    """Chunk by chunk: w solves (I + tril(mix, -1)) w = w - k S; o = q S + read [w, values]; S += writers^T [w, values].
 
     S None stands for zeros. Returns o (B, H, T, V), the last chunk whole, and the state.
     """
     S = None if S is None else S.to(w.dtype)
     chunks = w.shape[2]
-    absent: list[Tensor | None] = [None] * chunks
-    given = [x.unbind(2) for x in (q, k, w, mix, read, write)]
-    optional = [absent if x is None else x.unbind(2) for x in (values, chunk.leave, chunk.total)]
+    absent: tuple[Tensor | None, ...] = (None,) * chunks
+    given = [_each(x) for x in (q, k, w, mix, read, chunk.writers)]
+    optional = [absent if x is None else _each(x) for x in (values, chunk.leave, chunk.total)]
     outputs = []
     for n, (q, k, w, mix, read, write, v, leave, total) in enumerate(zip(*given, *optional, strict=True)):
         w = w if S is None else w - k @ S
@@ -152,7 +157,12 @@ def _scan(
         if return_state or n < chunks - 1:
             written = _scale(write.mT @ w, leave)
             S = written if S is None else written + _scale(S, total)
-    return torch.cat(outputs, dim=2), S if return_state else None
+    return _cat(outputs, 2), S if return_state else None
+
+
+def _each(x: Tensor) -> tuple[Tensor, ...]:
+    """The chunks of x, each (B, H, C, X). The gradient of unbind is a copy, so it is left out where it can be."""
+    return (x.squeeze(2),) if x.shape[2] == 1 else x.unbind(2)
 
 
 def _scale(x: Tensor, factor: Tensor | None) -> Tensor:
