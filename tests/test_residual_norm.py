@@ -9,6 +9,7 @@ import torch
 from triton_cases import inputs
 
 from zoo.errors import UnsupportedError
+from zoo.kernels.launch import Config
 from zoo.kernels.residual_norm import residual_norm
 from zoo.testing.ops import check_op
 from zoo.testing.tolerances import TOLERANCES
@@ -42,7 +43,7 @@ def test_without_a_branch_the_stream_goes_on_as_it_is(impl: str) -> None:
 
 def test_several_programs_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = pytest.importorskip("zoo.kernels.residual_norm.triton")
-    monkeypatch.setattr(fused, "BLOCK", 32)
+    monkeypatch.setattr(fused, "config_of", lambda x: Config(1, 32, 1, 1))
     monkeypatch.setattr(fused, "PROGRAMS", 5)
     a = inputs(77, SHAPES, D=16)
     check_op(partial(residual_norm, impl="reference"), partial(residual_norm, impl="triton"), a, FP32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -13,23 +15,39 @@ LOADED = 4096
 
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """parts (groups, number, ...) in fp32 -> (groups, ...) in `dtype`: the sum over `number`, in fp32."""
-    groups, number, *shape = parts.shape
-    if number == 1:
-        return parts.squeeze(1).to(dtype)
-    sums = torch.empty(groups, *shape, dtype=dtype, device=parts.device)
-    size = sums[0].numel()
-    rows = min(triton.next_power_of_2(number), LOADED // 16)
+    return sum_all([parts], dtype)[0]
+
+
+def sum_all(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """As sum_parts, of several contiguous tensors in one launch."""
+    if all(part.shape[1] == 1 for part in parts):
+        return [part.squeeze(1).to(dtype) for part in parts]
+    sums = [torch.empty(len(p), *p.shape[2:], dtype=dtype, device=p.device) for p in parts]
+    numbers, sizes = tuple(p.shape[1] for p in parts), tuple(s[0].numel() for s in sums)
+    rows = min(triton.next_power_of_2(max(numbers)), LOADED // 16)
     columns = LOADED // rows
-    sum_kernel[(groups * triton.cdiv(size, columns),)](parts, sums, number, size, ROWS=rows, COLUMNS=columns)
+    programs = sum(len(s) * triton.cdiv(size, columns) for s, size in zip(sums, sizes, strict=True))
+    groups = tuple(len(s) for s in sums)
+    sum_kernel[(programs,)](tuple(parts), tuple(sums), groups, numbers, sizes, N=len(sums), ROWS=rows, COLUMNS=columns)
     return sums
 
 
 @triton.jit
-def sum_kernel(parts, sums, number, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program a group and COLUMNS sums."""
+def sum_kernel(parts, sums, groups, numbers, sizes, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program a tensor, group and COLUMNS sums."""
+    program = tl.program_id(0)
+    for i in tl.static_range(N):
+        programs = groups[i] * tl.cdiv(sizes[i], COLUMNS)
+        if (program >= 0) & (program < programs):
+            _sum(parts[i], sums[i], program, numbers[i], sizes[i], ROWS, COLUMNS)
+        program -= programs
+
+
+@triton.jit
+def _sum(parts, sums, program, number, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     blocks = tl.cdiv(size, COLUMNS)
-    group = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    group = tl.cast(program // blocks, tl.int64)
+    column = program % blocks * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < size
     row = tl.arange(0, ROWS)[:, None]
     at = parts + (group * number + row) * size + column[None, :]

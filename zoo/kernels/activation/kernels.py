@@ -15,7 +15,7 @@ def _load(x, group, token, column, mask, g, m):
 
 
 @triton.jit
-def _softplus(u):
+def softplus(u):
     # log(1 + e) to the last bits where e is small, and 1 + e is not: the quotient undoes the rounding of the sum.
     e = tl.exp(-tl.abs(u))
     total = 1 + e
@@ -35,9 +35,9 @@ def forward_kernel(
         mask = (token < M)[:, None] & (column < D)[None, :]
         u = _load(x, group, token, column, mask, x_g, x_m) + b_bias[None, :]
         if KIND == SOFTPLUS:
-            out = _softplus(u)
+            out = softplus(u)
         elif KIND == LOGSIGMOID:
-            out = -_softplus(-u)
+            out = -softplus(-u)
         elif KIND == SIGMOID:
             out = tl.sigmoid(u)
         else:

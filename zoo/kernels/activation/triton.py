@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zoo.kernels.activation import kernels
 from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows
+from zoo.kernels.parts import sum_parts
 
 # Programs: enough to keep the memory of a GPU busy, and, where each leaves a sum of its own, not many more.
 PROGRAMS = 16384
@@ -56,7 +57,7 @@ def _backward(x: Tensor, bias: Tensor, dy: Tensor, kind: str, scale: float) -> t
     kernels.backward_kernel[(programs,)](
         x, bias.contiguous(), dy, dx, sums, *split, scale, *x.stride()[:2], *dy.stride()[:2], **options
     )
-    return dx, sums.sum(1).to(bias.dtype)
+    return dx, sum_parts(sums, bias.dtype)
 
 
 @_backward.register_fake

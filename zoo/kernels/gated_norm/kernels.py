@@ -77,13 +77,14 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    x, gate, skip, weight, bias, skip_weight, dy, dx, dgate, dskip, sums, M, steps, parts, scale, eps,
+    x, gate, skip, weight, bias, skip_weight, dy, dx, dgate, dskip, weight_sums, bias_sums, skip_weight_sums,
+    M, steps, parts, scale, eps,
     x_g, x_m, x_h, gate_g, gate_m, gate_h, skip_g, skip_m, skip_h, dy_g, dy_m, dy_h,
     GATE: tl.constexpr, SKIP: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     RMS: tl.constexpr, GATE_FIRST: tl.constexpr,
     H: tl.constexpr, HEADS: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """sums (groups * HEADS, parts, 3, V): of a program's rows, the gradients of weight, bias and skip_weight."""
+    """weight_sums and the others (groups * HEADS, parts, V): gradients, summed over a program's rows."""
     at, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     group = at // HEADS
     column = tl.arange(0, BLOCK_V)
@@ -134,10 +135,10 @@ def backward_kernel(
             dskip_weight += change * through
             through_slope = change * _load_weight(skip_weight, at, column, V)[None, :]
             _store(dskip, through_slope, group, token, head, column, live, M, H, V)
-    to = sums + tl.program_id(0) * 3 * V + column
+    to = tl.program_id(0) * V + column
     if WEIGHT:
-        tl.store(to, tl.sum(dweight, 0), mask=column < V)
+        tl.store(weight_sums + to, tl.sum(dweight, 0), mask=column < V)
     if BIAS:
-        tl.store(to + V, tl.sum(dbias, 0), mask=column < V)
+        tl.store(bias_sums + to, tl.sum(dbias, 0), mask=column < V)
     if SKIP:
-        tl.store(to + 2 * V, tl.sum(dskip_weight, 0), mask=column < V)
+        tl.store(skip_weight_sums + to, tl.sum(dskip_weight, 0), mask=column < V)

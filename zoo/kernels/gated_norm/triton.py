@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zoo.kernels.gated_norm import kernels
 from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch, rows
+from zoo.kernels.parts import sum_all
 
 # Programs: enough to keep the memory of a GPU busy, and, where each leaves a sum of its own, not many more.
 PROGRAMS = 16384
@@ -99,14 +100,13 @@ def _backward(
     dy = rows(dy)
     config = configured("gated_norm.backward", backward_config, x)
     programs, launch = _launch(x, options["HEADS"], config, SUMMING_PROGRAMS)
-    sums = torch.empty(
-        len(x), options["HEADS"], launch["split"][2], 3, x.shape[3], dtype=torch.float32, device=x.device
-    )
+    shape = (len(x) * options["HEADS"], launch["split"][2], x.shape[3])
+    sums = [None if w is None else torch.empty(shape, dtype=torch.float32, device=x.device) for w in weights]
     kernels.backward_kernel[(programs,)](
         *tensors,
         dy,
         *gradients,
-        sums,
+        *(x if part is None else part for part in sums),
         *launch.pop("split"),
         scale,
         eps,
@@ -115,12 +115,8 @@ def _backward(
         **options,
         **launch,
     )
-    present = [i for i, w in enumerate(weights) if w is not None]
-    totals = sums[:, :, :, present[0] : present[-1] + 1].sum(2) if present else sums
-    by_weight = (
-        empty_like(None, x) if w is None else totals[:, :, i - present[0]].to(w.dtype, copy=len(present) > 1)
-        for i, w in enumerate(weights)
-    )
+    totals = iter(sum_all([part for part in sums if part is not None], torch.float32))
+    by_weight = (empty_like(None, x) if w is None else next(totals).view(w.shape).to(w.dtype) for w in weights)
     return (*gradients, *by_weight)  # type: ignore[return-value]
 
 

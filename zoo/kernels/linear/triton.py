@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zoo.kernels.launch import Config, check_launch, configured, fold_batch, padded, precision, rows
 from zoo.kernels.linear import kernels
+from zoo.kernels.parts import sum_all
 
 # Programs that share the rows of the weight's gradient: a few for each multiprocessor, and few enough to add up.
 PROGRAMS = 512
@@ -57,8 +58,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, has_bias: bool) -> Tensor:
 def _backward(x: Tensor, weight: Tensor, dy: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, dy = rows(x), dy.contiguous()
     dx = torch.bmm(dy, weight.to(dy.dtype))
-    dweight, dbias = weight_gradient(x, dy, has_bias)
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    dweight, *dbias = (total.squeeze(0) for total in sum_all(weight_parts(x, dy, has_bias), weight.dtype))
+    return dx, dweight, dbias[0] if has_bias else weight.new_empty(len(weight), 0)
 
 
 @_backward.register_fake
@@ -67,8 +68,11 @@ def _(x: Tensor, weight: Tensor, dy: Tensor, has_bias: bool) -> tuple[Tensor, Te
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(groups, N if has_bias else 0)
 
 
-def weight_gradient(x: Tensor, dy: Tensor, has_bias: bool = False) -> tuple[Tensor, Tensor]:
-    """x (groups, M, K) with rows of one stride, dy (groups, M, N) contiguous -> dy^T x, and sums of dy, in fp32."""
+def weight_parts(x: Tensor, dy: Tensor, has_bias: bool = False) -> list[Tensor]:
+    """dy^T x (1, parts, groups, N, K) and, if asked, sums of dy (1, parts, groups, N), in fp32, for `sum_all`.
+
+    x (groups, M, K) with a channel stride of 1, dy (groups, M, N) contiguous.
+    """
     groups, M, K = x.shape
     N = dy.shape[2]
     config = configured("linear.weight", weight_config, x, N)
@@ -76,14 +80,14 @@ def weight_gradient(x: Tensor, dy: Tensor, has_bias: bool = False) -> tuple[Tens
     blocks = triton.cdiv(M, config.chunk)
     steps = triton.cdiv(blocks, max(1, PROGRAMS // (groups * n_blocks * k_blocks)))
     parts = triton.cdiv(blocks, steps)
-    dweight = torch.empty(parts, groups, N, K, dtype=torch.float32, device=x.device)
-    dbias = torch.empty(parts, groups, N if has_bias else 0, dtype=torch.float32, device=x.device)
+    dweight = torch.empty(1, parts, groups, N, K, dtype=torch.float32, device=x.device)
+    dbias = torch.empty(1, parts, groups, N, dtype=torch.float32, device=x.device) if has_bias else dweight
     kernels.weight_kernel[(groups * parts * n_blocks * k_blocks,)](
         x, dy, dweight, dbias, M, N, K, groups, *x.stride()[:2], steps, parts, n_blocks, k_blocks,
         ROWS=config.chunk, COLUMNS=config.block, BLOCK_K=min(128, padded(K)), BIAS=has_bias,
         PRECISION=precision(x), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return dweight.sum(0), dbias.sum(0)
+    return [dweight, dbias] if has_bias else [dweight]
 
 
 def forward_config(x: Tensor, N: int) -> Config:

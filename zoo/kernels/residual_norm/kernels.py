@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _standardised(stream, column, eps, RMS: tl.constexpr, D: tl.constexpr):
+def standardised(stream, column, eps, RMS: tl.constexpr, D: tl.constexpr):
     """Rows of mean 0 (unless RMS) and mean square 1, and what they were divided by, inverted."""
     if not RMS:
         stream = tl.where((column < D)[None, :], stream - (tl.sum(stream, 1) / D)[:, None], 0.0)
@@ -37,7 +37,7 @@ def forward_kernel(
         tl.store(stream + at, total.to(stream.dtype.element_ty), mask=mask)
         # What the backward pass will read.
         total = total.to(stream.dtype.element_ty).to(tl.float32)
-        unit, _ = _standardised(total, column, eps, RMS, D)
+        unit, _ = standardised(total, column, eps, RMS, D)
         tl.store(normed + at, (unit * scale[None, :] + shift[None, :]).to(normed.dtype.element_ty), mask=mask)
 
 
@@ -56,7 +56,7 @@ def backward_kernel(
         row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
         at = (group.to(tl.int64) * M + row)[:, None] * D + column[None, :]
         mask = (row < M)[:, None] & (column < D)[None, :]
-        unit, inverse = _standardised(tl.load(stream + at, mask=mask, other=0.0).to(tl.float32), column, eps, RMS, D)
+        unit, inverse = standardised(tl.load(stream + at, mask=mask, other=0.0).to(tl.float32), column, eps, RMS, D)
         slope = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
         sum_scale += tl.sum(slope * unit, 0)
         sum_shift += tl.sum(slope, 0)

@@ -11,11 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
-from zoo.kernels.launch import check_launch, fold_batch
+from zoo.kernels.launch import Config, check_launch, configured, fold_batch
+from zoo.kernels.parts import sum_all
 from zoo.kernels.residual_norm import kernels
 
-# Elements of a program's block, and programs: enough to keep the memory of a GPU busy.
-BLOCK = 4096
+# Programs: enough to keep the memory of a GPU busy.
 PROGRAMS = 1024
 
 
@@ -48,7 +48,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     x, branch = x.contiguous(), branch.contiguous()
     stream, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
-    programs, launch = _launch(x)
+    programs, launch = _launch(x, configured("residual_norm.forward", config_of, x))
     kernels.forward_kernel[(programs,)](
         x, branch, weight.contiguous(), bias.contiguous(), stream, normed, eps=eps,
         BRANCH=has_branch, BIAS=has_bias, RMS=rms, **launch,
@@ -84,14 +84,15 @@ def _backward(
     branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups, _, D = stream.shape
-    programs, launch = _launch(stream)
+    programs, launch = _launch(stream, configured("residual_norm.backward", config_of, stream))
     dx, dbranch = torch.empty_like(stream), torch.empty_like(stream, dtype=branch_dtype)
-    dweight, dbias = (stream.new_empty(groups, programs // groups, D, dtype=torch.float32) for _ in range(2))
+    parts = [stream.new_empty(groups, programs // groups, D, dtype=torch.float32) for _ in range(1 + has_bias)]
     kernels.backward_kernel[(programs,)](
-        stream, weight.contiguous(), dstream.contiguous(), dnormed.contiguous(), dx, dbranch, dweight, dbias, eps=eps,
-        BRANCH=has_branch, BIAS=has_bias, RMS=rms, **launch,
+        stream, weight.contiguous(), dstream.contiguous(), dnormed.contiguous(), dx, dbranch, parts[0], parts[-1],
+        eps=eps, BRANCH=has_branch, BIAS=has_bias, RMS=rms, **launch,
     )  # fmt: skip
-    return dx, dbranch, dweight.sum(1).to(weight.dtype), dbias.sum(1).to(weight.dtype)
+    dweight, *dbias = sum_all(parts, weight.dtype)
+    return dx, dbranch, dweight, dbias[0] if has_bias else weight.new_empty(groups, 0)
 
 
 @_backward.register_fake
@@ -107,19 +108,25 @@ def _(
     branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dbranch = stream.new_empty(stream.shape), stream.new_empty(stream.shape, dtype=branch_dtype)
-    return dx, dbranch, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    dbias = weight.new_empty(len(weight), weight.shape[1] if has_bias else 0)
+    return dx, dbranch, weight.new_empty(weight.shape), dbias
 
 
-def _launch(x: Tensor) -> tuple[int, dict[str, Any]]:
+def config_of(x: Tensor) -> Config:
+    """block: elements of a program's block; chunk is unused."""
+    return Config(chunk=1, block=4096, num_warps=4, num_stages=1)
+
+
+def _launch(x: Tensor, config: Config) -> tuple[int, dict[str, Any]]:
     """How many programs, and what every kernel is told of its work."""
     groups, M, D = x.shape
     block = triton.next_power_of_2(D)
-    rows = max(1, min(BLOCK // block, triton.next_power_of_2(M)))
+    rows = max(1, min(config.block // block, triton.next_power_of_2(M)))
     blocks = triton.cdiv(M, rows)
     steps = triton.cdiv(blocks, max(1, PROGRAMS // groups))
     parts = triton.cdiv(blocks, steps)
     sizes = {"M": M, "steps": steps, "parts": parts, "D": D, "BLOCK_D": block, "ROWS": rows}
-    return groups * parts, {**sizes, "num_warps": 4}
+    return groups * parts, {**sizes, "num_warps": config.num_warps}
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
