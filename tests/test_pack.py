@@ -17,7 +17,7 @@ from zoo.errors import ConfigError
 from zoo.evaluate import load_slices
 from zoo.executors import Job, Setting, execute
 from zoo.fit import mean_loss
-from zoo.kernels.adamw import adamw, unbiasing
+from zoo.kernels.adamw import adamw, bias_corrections
 from zoo.mixers import LayerInfo, Mixer
 from zoo.model import Model, build_model
 from zoo.optimizer import Moments, OneByOne, Stacked, decayed
@@ -201,12 +201,16 @@ def test_a_pack_takes_the_steps_of_torchs_optimizer(clip: float | None, batched:
 
 def test_the_fused_optimizer_is_the_formula() -> None:
     draw = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(3, 41, 30, generator=draw) for _ in range(4)]
-    tensors[3].abs_()
+    shapes = [(3, 41, 30), (3, 5), (3, 1), (3, 2, 1024)]
+    stacks = [[torch.randn(shape, generator=draw) for shape in shapes] for _ in range(4)]
+    stacks[3] = [square.abs() for square in stacks[3]]
     rates, decays, scale = (torch.rand(3, generator=draw) for _ in range(3))
-    unbias, results = unbiasing((0.9, 0.99), torch.tensor([2.0], dtype=torch.float64)), []
+    betas = torch.tensor([0.9, 0.99], dtype=torch.float64)
+    remaining, results = bias_corrections(betas.log(), torch.tensor([2.0], dtype=torch.float64)), []
+    torch.testing.assert_close(remaining, 1 - betas.square())
     for impl in ("reference", "triton"):
-        p, g, m, v = (t.clone() for t in tensors)
-        adamw(p, g, m, v, rates, decays, unbias, scale, betas=(0.9, 0.99), eps=1e-8, impl=impl)
-        results.append((p, m, v))
+        p, g, m, v = ([t.clone() for t in tensors] for tensors in stacks)
+        decayed = (True, False, True, False)
+        adamw(p, g, m, v, decayed, rates, decays, remaining, scale, betas=(0.9, 0.99), eps=1e-8, impl=impl)
+        results.append((*p, *m, *v))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)

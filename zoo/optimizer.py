@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.config import OptimizerConfig
-from zoo.kernels.adamw import adamw, unbiasing
+from zoo.kernels.adamw import adamw, bias_corrections
 from zoo.pack import Pack
 
 EPS = 1e-8
@@ -96,28 +96,30 @@ class Stacked:
         self.pack = pack
         self.betas, self.clip = configs[0].betas, configs[0].clip
         device = next(iter(pack.stacks.values())).device
-        decays = torch.tensor([config.weight_decay for config in configs], device=device)
-        names = decayed(pack.models[0])
-        self.decays = {name: decays if name in names else torch.zeros_like(decays) for name in pack.stacks}
+        self.decays = torch.tensor([config.weight_decay for config in configs], device=device)
+        with_decay = decayed(pack.models[0])
+        self.decayed = [name in with_decay for name in pack.stacks]
         self.count = torch.full((1,), steps_done, dtype=torch.float64, device=device)
-        self.moments: Moments = {}
+        self.log_betas = torch.tensor(self.betas, dtype=torch.float64, device=device).log()
+        self.means: list[Tensor] = []
+        self.squares: list[Tensor] = []
         for name, stack in pack.stacks.items():
             before = [m.get(name) or (torch.zeros_like(stack[0]), torch.zeros_like(stack[0])) for m in moments]
             mean, square = (torch.stack(rows).detach() for rows in zip(*before, strict=True))
-            self.moments[name] = (mean, square)
+            self.means.append(mean)
+            self.squares.append(square)
             for i, of_member in enumerate(moments):
                 of_member[name] = (mean[i], square[i])
 
     def step(self, rates: Tensor) -> None:
         self.count += 1
-        unbias = unbiasing(self.betas, self.count)
-        gradients = {name: g for name, g in self.pack.gradient_stacks.items() if g is not None}
+        remaining = bias_corrections(self.log_betas, self.count)
+        stacks, gradients = list(self.pack.stacks.values()), list(self.pack.gradient_stacks.values())
         scale = None
         if self.clip is not None:
-            norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
+            norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
             scale = (self.clip / (norms + 1e-6)).clamp(max=1.0)
-        for name, gradient in gradients.items():
-            adamw(
-                self.pack.stacks[name], gradient, *self.moments[name], rates, self.decays[name], unbias, scale,
-                betas=self.betas, eps=EPS,
-            )  # fmt: skip
+        adamw(
+            stacks, gradients, self.means, self.squares, self.decayed, rates, self.decays, remaining,
+            scale, betas=self.betas, eps=EPS,
+        )  # fmt: skip

@@ -32,7 +32,7 @@ class Pack:
         self.models = list(models)
         self.batched = batched
         self.stacks: dict[str, Tensor] = {}
-        self.gradient_stacks: dict[str, Tensor | None] = {}
+        self.gradient_stacks: dict[str, Tensor] = {}
         self.parameters = [[p for p in model.parameters() if p.requires_grad] for model in models]
         self.gradient_lists: list[tuple[Tensor, ...]] = []
         self._buffers: dict[str, Tensor] = {}
@@ -81,7 +81,7 @@ class Pack:
         """
         if self.batched:
             losses = self.call(function, *inputs)
-            found = torch.autograd.grad(losses.sum(), list(self.stacks.values()), allow_unused=True)
+            found = torch.autograd.grad(losses.sum(), list(self.stacks.values()), materialize_grads=True)
             self.gradient_stacks = dict(zip(self.stacks, found, strict=True))
             return losses.detach()
         alone: list[Tensor] = []

@@ -1,6 +1,8 @@
-"""One launch for a stack: 16 bytes read and 12 written a parameter, and nothing else."""
+"""One launch for all stacks: 16 bytes read and 12 written a parameter, and nothing else."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -12,36 +14,57 @@ BLOCK = 1024
 
 
 def adamw(
-    parameter: Tensor,
-    gradient: Tensor,
-    mean: Tensor,
-    square: Tensor,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    decayed: Sequence[bool],
     rates: Tensor,
     decays: Tensor,
-    unbias: Tensor,
+    remaining: Tensor,
     scale: Tensor | None,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    check_launch("adamw", parameter)
-    size = parameter[0].numel()
-    blocks = triton.cdiv(size, BLOCK)
-    adamw_kernel[(len(parameter) * blocks,)](
-        parameter, gradient.contiguous(), mean, square, rates, decays, unbias, rates if scale is None else scale,
-        size, blocks, *betas, eps, SCALE=scale is not None, BLOCK=BLOCK, num_warps=4,
+    check_launch("adamw", *parameters)
+    members, sizes = len(rates), tuple(p[0].numel() for p in parameters)
+    gradients = tuple(g.contiguous() for g in gradients)
+    adamw_kernel[(members * sum(triton.cdiv(size, BLOCK) for size in sizes),)](
+        tuple(parameters), gradients, tuple(means), tuple(squares), sizes, tuple(map(int, decayed)),
+        rates, decays, remaining, rates if scale is None else scale, members, *betas, eps,
+        N=len(sizes), SCALE=scale is not None, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def adamw_kernel(
-    parameter, gradient, mean, square, rates, decays, unbias, scales, size, blocks, beta1, beta2, eps,
-    SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    parameters, gradients, means, squares, sizes, decayed, rates, decays, remaining, scales, members, beta1, beta2, eps,
+    N: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    member = tl.program_id(0) // blocks
-    within = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = within < size
-    at = member.to(tl.int64) * size + within
-    g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
+    """One program a stack, member and BLOCK parameters."""
+    # Addresses as numbers, of the stack that this program's number falls into.
+    program, size, has_decay = tl.program_id(0), 0, 0
+    nowhere = tl.cast(0, tl.int64)
+    parameter, gradient, mean, square = nowhere, nowhere, nowhere, nowhere
+    within = program
+    for i in tl.static_range(N):
+        programs = members * tl.cdiv(sizes[i], BLOCK)
+        here = (program >= 0) & (program < programs)
+        within = tl.where(here, program, within)
+        size, has_decay = tl.where(here, sizes[i], size), tl.where(here, decayed[i], has_decay)
+        parameter = tl.where(here, parameters[i].to(tl.int64), parameter)
+        gradient = tl.where(here, gradients[i].to(tl.int64), gradient)
+        mean = tl.where(here, means[i].to(tl.int64), mean)
+        square = tl.where(here, squares[i].to(tl.int64), square)
+        program -= programs
+    blocks = tl.cdiv(size, BLOCK)
+    member = within // blocks
+    column = (within % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < size
+    at = member.to(tl.int64) * size + column
+    fp32: tl.constexpr = tl.pointer_type(tl.float32)
+    parameter, gradient, mean, square = parameter.to(fp32), gradient.to(fp32), mean.to(fp32), square.to(fp32)
+    g = tl.load(gradient + at, mask=mask, other=0.0)
     if SCALE:
         g *= tl.load(scales + member)
     m = beta1 * tl.load(mean + at, mask=mask, other=0.0) + (1 - beta1) * g
@@ -49,6 +72,7 @@ def adamw_kernel(
     tl.store(mean + at, m, mask=mask)
     tl.store(square + at, v, mask=mask)
     rate = tl.load(rates + member)
-    root = tl.sqrt(v * tl.load(unbias + 1))
-    p = tl.load(parameter + at, mask=mask, other=0.0) * (1 - rate * tl.load(decays + member))
-    tl.store(parameter + at, p - rate * m * tl.load(unbias) / (root + eps), mask=mask)
+    root = tl.sqrt(v / tl.load(remaining + 1).to(tl.float32))
+    decay = tl.where(has_decay == 1, tl.load(decays + member), 0.0)
+    p = tl.load(parameter + at, mask=mask, other=0.0) * (1 - rate * decay)
+    tl.store(parameter + at, p - rate * m / tl.load(remaining).to(tl.float32) / (root + eps), mask=mask)
