@@ -26,6 +26,19 @@ def test_rows_and_gradients(impl: str, T: int, Q: int, D: int) -> None:
     op = partial(joined_rows, positions=asked(2, Q, T=T))
     a = inputs(T, {"x": "BTD", "branch": "BTD"}, B=2, D=D)
     check_op(partial(op, impl="reference"), partial(op, impl=impl), a, FP32)
+    op = partial(op, branch=None)
+    check_op(partial(op, impl="reference"), partial(op, impl=impl), {"x": a["x"]}, FP32)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_rows_each_asked_once_of_a_part_of_the_channels(impl: str) -> None:
+    positions = torch.stack([torch.randperm(70, generator=torch.Generator().manual_seed(b))[:40] for b in range(2)])
+
+    def op(x: torch.Tensor, branch: torch.Tensor, impl: str) -> torch.Tensor:
+        return joined_rows(x[..., 3:20], branch[..., :17], positions, impl=impl)
+
+    a = inputs(70, {"x": "BTD", "branch": "BTD"}, B=2, D=33)
+    check_op(partial(op, impl="reference"), partial(op, impl=impl), a, FP32)
 
 
 def test_a_pack_is_one_call() -> None:

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from zoo.config import DataConfig, MLPConfig, ModelConfig
 from zoo.kernels.answer_loss import AnswerLoss, answer_loss
+from zoo.kernels.embedding_norm import embedding_norm
 from zoo.kernels.joined_rows import joined_rows
-from zoo.kernels.residual_norm import ResidualNorm, residual_norm
+from zoo.kernels.residual_norm import Kind, ResidualNorm, residual_norm
 from zoo.kernels.token_embedding import token_embedding
 from zoo.mixers import LayerInfo, Mixer, mixers
 from zoo.state import State
@@ -93,12 +94,12 @@ class Model(nn.Module):
 
     def features(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens (B, T), positions (B, Q) -> the head's input at those positions (B, Q, D)."""
-        x, normed = _join(self._embed(tokens), None, self.blocks[0].norm)
+        x, normed = self._begin(tokens)
         for block, after in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             branch: Tensor | None
             if after is None:
                 # What follows looks at each position alone, so only the asked ones go on.
-                x, branch = _asked(block.mixer, x, normed, positions), None
+                x, branch = _asked(block.mixer, x, normed, positions)
             else:
                 branch = block.mixer(normed)
             if block.mlp is not None and block.mlp_norm is not None:
@@ -156,21 +157,34 @@ class Model(nn.Module):
         x = token_embedding(tokens, self.embedding.weight)
         return x if self.positions is None else x + self.positions.weight[: tokens.shape[1]]
 
+    def _begin(self, tokens: Tensor) -> ResidualNorm:
+        """The residual stream, and the first layer's input."""
+        norm, table = self.blocks[0].norm, self.embedding.weight
+        if self.positions is not None:
+            return _join(self._embed(tokens), None, norm)
+        bias, kind, eps = _options(norm, table)
+        return embedding_norm(tokens, table, norm.weight, bias, kind=kind, eps=eps)
 
-def _asked(mixer: Mixer, x: Tensor, normed: Tensor, positions: Tensor) -> Tensor:
-    """x + mixer(normed) at positions (B, Q): (B, Q, D)."""
+
+def _asked(mixer: Mixer, x: Tensor, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x and mixer(normed) at positions (B, Q), each (B, Q, D), or, if it costs less, their sum and None."""
     y = mixer.forward_at(normed, positions)
     if y is None:
-        return joined_rows(x, mixer(normed), positions)
-    return x.gather(1, positions[..., None].expand_as(y)) + y
+        return joined_rows(x, mixer(normed), positions), None
+    return joined_rows(x, None, positions), y
 
 
 def _join(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm | nn.RMSNorm) -> ResidualNorm:
     """The residual stream x with a layer's output added, and `norm` of it, in one pass over memory on a GPU."""
+    bias, kind, eps = _options(norm, x)
+    return residual_norm(x, branch, norm.weight, bias, kind=kind, eps=eps)
+
+
+def _options(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> tuple[Tensor | None, Kind, float]:
+    """Bias, kind and eps of a norm of x."""
     if isinstance(norm, nn.LayerNorm):
-        return residual_norm(x, branch, norm.weight, norm.bias, kind="layer", eps=norm.eps)
-    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-    return residual_norm(x, branch, norm.weight, kind="rms", eps=eps)
+        return norm.bias, "layer", norm.eps
+    return None, "rms", torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
 
 
 def build_model(config: ModelConfig, data: DataConfig, seed: int, device: str | torch.device = "cpu") -> Model:

@@ -13,10 +13,10 @@ from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.linear_recurrence import linear_recurrence
 from zoo.kernels.projections import projections
 from zoo.mixers.base import LayerInfo, head_dim
-from zoo.mixers.recurrent import RecurrentMixer
+from zoo.mixers.recurrent import Pick, ReadoutMixer, everywhere
 
 
-class GLA(RecurrentMixer):
+class GLA(ReadoutMixer):
     """y_t = W_o [RMSNorm(S_t^T q_t) w * silu(W_g x_t)], per head (arXiv 2312.06635, eq. 3 and section 4.4).
 
         S_t = diag(alpha_t) S_{t-1} + k_t v_t^T,   alpha_t = sigmoid(W_2 W_1 x_t + b)^(1/16)
@@ -25,7 +25,7 @@ class GLA(RecurrentMixer):
     The state is S (B, H, K, V).
     """
 
-    class Config(RecurrentMixer.Config):
+    class Config(ReadoutMixer.Config):
         num_heads: int = Field(4, ge=1, description="Heads, each with d_model / num_heads value channels.")
         expand_k: float = Field(0.5, gt=0, description="Key channels per value channel; the paper has a half.")
         gate_rank: int = Field(16, ge=1, description="Rank of W_2 W_1, which makes the decays.")
@@ -50,7 +50,9 @@ class GLA(RecurrentMixer):
         shape = (batch_size, self.config.num_heads, self.key_dim, self.value_dim)
         return weight.new_zeros(shape, dtype=state_dtype(weight.dtype))
 
-    def mix(self, x: Tensor, state: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor | None]:
+    def mix(
+        self, x: Tensor, state: Tensor | None, return_state: bool, pick: Pick = everywhere
+    ) -> tuple[Tensor, Tensor | None]:
         H = self.config.num_heads
         layers = (self.q, self.k, self.v, self.gate, self.decay_down)
         q, k, v, gate, low = projections(x, *(layer.weight for layer in layers))
@@ -58,5 +60,5 @@ class GLA(RecurrentMixer):
         q, k, v, gate, g = (y.unflatten(-1, (H, -1)) for y in (q, k, v, gate, g))
         o, state = linear_recurrence(q, k, v, g, initial_state=state, return_state=return_state)
         # The norm undoes a scale of q, but for its eps.
-        o = gated_norm(o, gate, self.norm_weight, eps=1e-5 * self.key_dim)
+        o = gated_norm(pick(o), pick(gate), self.norm_weight, eps=1e-5 * self.key_dim)
         return self.out(o.flatten(2)), state

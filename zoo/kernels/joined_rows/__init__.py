@@ -10,11 +10,11 @@ from zoo.kernels.shapes import check_shapes
 IMPLS = ("reference", "chunked", "triton")
 
 
-def joined_rows(x: Tensor, branch: Tensor, positions: Tensor, *, impl: str | None = None) -> Tensor:
+def joined_rows(x: Tensor, branch: Tensor | None, positions: Tensor, *, impl: str | None = None) -> Tensor:
     """y_q = x_p + branch_p with p = positions_q; the gradient is 0 everywhere else, and a position may be asked twice.
 
     Args:
-        x, branch: (B, T, D).
+        x, branch: (B, T, D); without a branch, the rows of x.
         positions: (B, Q) int64 in [0, T).
         impl: "reference", "chunked", "triton", or None to choose by device.
 

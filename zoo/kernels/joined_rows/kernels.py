@@ -1,4 +1,7 @@
-"""Forward a lookup; backward a product with one-hot columns: it adds up what was asked twice and writes every row."""
+"""Forward a lookup; backward every row is written once: zeros, or the slope of the place that asked for it.
+
+Where several did, a program goes through all places once more and adds theirs up in their order.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +11,47 @@ import triton.language as tl
 
 @triton.jit
 def forward_kernel(
-    x, branch, positions, y, T, Q, blocks, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+    x, branch, positions, y, T, Q, blocks, x_b, x_t, branch_b, branch_t,
+    BRANCH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     sequence = (tl.program_id(0) // blocks).to(tl.int64)
     q = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     mask = (q < Q)[:, None] & (column < D)[None, :]
-    at = (sequence * T + tl.load(positions + sequence * Q + q, mask=q < Q, other=0))[:, None] * D + column[None, :]
-    total = tl.load(x + at, mask=mask).to(tl.float32) + tl.load(branch + at, mask=mask).to(tl.float32)
+    t = tl.load(positions + sequence * Q + q, mask=q < Q, other=0)
+    total = tl.load(x + (sequence * x_b + t * x_t)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if BRANCH:
+        at = (sequence * branch_b + t * branch_t)[:, None] + column[None, :]
+        total += tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + (sequence * Q + q)[:, None] * D + column[None, :], total.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def backward_kernel(
     positions, dy, dx, dbranch, T, Q, t_blocks, d_blocks,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     column = (tl.program_id(0) % d_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     t = ((tl.program_id(0) // d_blocks) % t_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     sequence = (tl.program_id(0) // d_blocks // t_blocks).to(tl.int64)
-    total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    positions += sequence * Q
+    dy += sequence * Q * D
+    count, place = tl.zeros([BLOCK_T], tl.int32), tl.zeros([BLOCK_T], tl.int32)
     for start in range(0, Q, BLOCK_Q):
         q = start + tl.arange(0, BLOCK_Q)
-        asked = tl.load(positions + sequence * Q + q, mask=q < Q, other=-1)
-        slope = tl.load(
-            dy + (sequence * Q + q)[:, None] * D + column[None, :],
-            mask=(q < Q)[:, None] & (column < D)[None, :],
-            other=0.0,
-        )
-        total = tl.dot((t[:, None] == asked[None, :]).to(slope.dtype), slope, total, input_precision=PRECISION)
+        asks = t[:, None] == tl.load(positions + q, mask=q < Q, other=-1).to(tl.int32)[None, :]
+        count += tl.sum(asks.to(tl.int32), 1)
+        place += tl.sum(tl.where(asks, q[None, :], 0), 1)
+    inside = (column < D)[None, :]
+    at = dy + place[:, None] * D + column[None, :]
+    total = tl.load(at, mask=(count == 1)[:, None] & inside, other=0.0).to(tl.float32)
+    if tl.max(count, 0) > 1:
+        for q in range(Q):
+            asked = (count > 1) & (t == tl.load(positions + q))
+            slope = tl.load(dy + q * D + column, mask=column < D, other=0.0).to(tl.float32)
+            total += tl.where(asked[:, None], slope[None, :], 0.0)
     at = (sequence * T + t)[:, None] * D + column[None, :]
-    mask = (t < T)[:, None] & (column < D)[None, :]
+    mask = (t < T)[:, None] & inside
     tl.store(dx + at, total.to(dx.dtype.element_ty), mask=mask)
-    tl.store(dbranch + at, total.to(dbranch.dtype.element_ty), mask=mask)
+    if BRANCH:
+        tl.store(dbranch + at, total.to(dbranch.dtype.element_ty), mask=mask)

@@ -23,6 +23,12 @@ def gather_kernel(
 
 
 @triton.jit
+def _places(ends, token):
+    """Where a token's places begin and end: where those of the token before it end, and its own."""
+    return tl.load(ends + token - 1, mask=token > 0, other=0), tl.load(ends + token)
+
+
+@triton.jit
 def _sum_places(slopes, order, start, end, column, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
     total = tl.zeros([BLOCK_D], tl.float32)
     for first in range(start, end, ROWS):
@@ -35,7 +41,7 @@ def _sum_places(slopes, order, start, end, column, D: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit
 def blocks_kernel(
-    slopes, order, sorted_tokens, starts, sums, places,
+    slopes, order, sorted_tokens, ends, sums, places,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """sums (blocks, 2, D): of the first and of the last token of each block, where these are frequent."""
@@ -44,7 +50,7 @@ def blocks_kernel(
     begin, close = block * LIMIT, tl.minimum(block * LIMIT + LIMIT, places)
     for which in tl.static_range(2):
         token = tl.load(sorted_tokens + (begin if which == 0 else close - 1))
-        start, end = tl.load(starts + token), tl.load(starts + token + 1)
+        start, end = _places(ends, token)
         if end - start > LIMIT:
             total = _sum_places(
                 slopes, order, tl.maximum(start, begin), tl.minimum(end, close), column, D, BLOCK_D, ROWS
@@ -54,17 +60,30 @@ def blocks_kernel(
 
 @triton.jit
 def tokens_kernel(
-    slopes, order, sorted_tokens, starts, sums, out,
+    slopes, order, sorted_tokens, ends, sums, out, tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0)
+    """ROWS tokens a program: one place of each at a time."""
     column = tl.arange(0, BLOCK_D)
-    start, end = tl.load(starts + token), tl.load(starts + token + 1)
-    if end - start <= LIMIT:
-        total = _sum_places(slopes, order, start, end, column, D, BLOCK_D, ROWS)
-    else:
-        total = tl.zeros([BLOCK_D], tl.float32)
-        for block in range(start // LIMIT, (end + LIMIT - 1) // LIMIT):
-            which = (tl.load(sorted_tokens + block * LIMIT) != token).to(tl.int64)
-            total += tl.load(sums + (block * 2 + which) * D + column, mask=column < D, other=0.0)
-    tl.store(out + token.to(tl.int64) * D + column, total.to(out.dtype.element_ty), mask=column < D)
+    row = tl.arange(0, ROWS)
+    token = tl.program_id(0) * ROWS + row
+    start = tl.load(ends + token - 1, mask=(token > 0) & (token < tokens), other=0)
+    count = tl.load(ends + token, mask=token < tokens, other=0) - start
+    rare = tl.where(count <= LIMIT, count, 0)
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i in tl.range(0, tl.max(rare, 0), num_stages=3):
+        place = tl.load(order + start + i, mask=i < rare, other=0)
+        mask = (i < rare)[:, None] & (column < D)[None, :]
+        total += tl.load(slopes + place[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if tl.max(count, 0) > LIMIT:
+        for each in range(ROWS):
+            frequent = tl.minimum(tl.program_id(0) * ROWS + each, tokens - 1)
+            begin, end = _places(ends, frequent)
+            if end - begin > LIMIT:
+                found = tl.zeros([BLOCK_D], tl.float32)
+                for block in range(begin // LIMIT, (end + LIMIT - 1) // LIMIT):
+                    which = (tl.load(sorted_tokens + block * LIMIT) != frequent).to(tl.int64)
+                    found += tl.load(sums + (block * 2 + which) * D + column, mask=column < D, other=0.0)
+                total = tl.where((token == frequent)[:, None], found[None, :], total)
+    at = out + token.to(tl.int64)[:, None] * D + column[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(token < tokens)[:, None] & (column < D)[None, :])

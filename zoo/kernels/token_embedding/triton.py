@@ -17,6 +17,8 @@ from zoo.kernels.token_embedding import kernels
 LIMIT = 512
 # Elements of a program that looks up rows.
 GATHER = 4096
+# Elements of a program that adds up the places of tokens.
+TOKENS = 1024
 
 
 def token_embedding(tokens: Tensor, table: Tensor) -> Tensor:
@@ -50,15 +52,19 @@ def _backward(tokens: Tensor, dx: Tensor, table: Tensor) -> Tensor:
     sorted_tokens, order = _rows(tokens, V).flatten().sort(stable=True)
     places = len(order)
     out = torch.empty(groups, V, D, dtype=table.dtype, device=table.device)
-    numbers = torch.arange(groups * V + 1, dtype=sorted_tokens.dtype, device=table.device)
-    starts = torch.searchsorted(sorted_tokens, numbers, out_int32=True)
+    numbers = torch.arange(groups * V, dtype=sorted_tokens.dtype, device=table.device)
+    ends = torch.searchsorted(sorted_tokens, numbers, right=True, out_int32=True)
     blocks = triton.cdiv(places, LIMIT)
     sums = torch.empty(blocks, 2, D, dtype=torch.float32, device=table.device)
-    sizes = {"D": D, "BLOCK_D": triton.next_power_of_2(D), "ROWS": 16, "LIMIT": LIMIT, "num_warps": 2}
+    block = triton.next_power_of_2(D)
+    sizes = {"D": D, "BLOCK_D": block, "LIMIT": LIMIT}
     dx = dx.contiguous()
     if blocks:
-        kernels.blocks_kernel[(blocks,)](dx, order, sorted_tokens, starts, sums, places, **sizes)
-    kernels.tokens_kernel[(groups * V,)](dx, order, sorted_tokens, starts, sums, out, **sizes)
+        kernels.blocks_kernel[(blocks,)](dx, order, sorted_tokens, ends, sums, places, ROWS=16, num_warps=2, **sizes)
+    size = max(1, TOKENS // block)
+    kernels.tokens_kernel[(triton.cdiv(groups * V, size),)](
+        dx, order, sorted_tokens, ends, sums, out, groups * V, ROWS=size, num_warps=4, **sizes
+    )
     return out
 
 
@@ -68,9 +74,9 @@ def _(tokens: Tensor, dx: Tensor, table: Tensor) -> Tensor:
 
 
 def _rows(tokens: Tensor, V: int) -> Tensor:
-    """Tokens of group i counted from i V: rows of all tables as one. 32 bits, where they do, sort twice as fast."""
+    """Tokens of group i counted from i V: rows of all tables as one. With half the bits they sort twice as fast."""
     groups = len(tokens)
-    dtype = torch.int32 if groups * V < 2**31 else torch.int64
+    dtype = next(d for d in (torch.int16, torch.int32, torch.int64) if groups * V - 1 <= torch.iinfo(d).max)
     first = torch.arange(0, groups * V, V, dtype=dtype, device=tokens.device)
     return tokens.to(dtype) + first[:, None]
 
