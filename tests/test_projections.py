@@ -30,6 +30,17 @@ def test_outputs_and_gradients(impl: str, I: int, J: int) -> None:  # noqa: E741
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
+@pytest.mark.parametrize("K", [18, 300])
+def test_biases(impl: str, K: int) -> None:
+    a = inputs(9, {"x": "TK", "weight": "NK", "bias": "N"}, K=K, N=20)
+
+    def op(x: Tensor, weight: Tensor, bias: Tensor, impl: str) -> tuple[Tensor, ...]:
+        return projections(x, *weight.split([16, 4]), biases=bias.split([16, 4]), impl=impl)
+
+    check_op(*(partial(op, impl=i) for i in ("reference", impl)), a, FP32)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
 def test_one_result_without_a_gradient(impl: str) -> None:
     a = inputs(9, {"x": "TK", "weight": "NK"}, K=18, N=20)
     op = lambda x, weight, impl: projections(x, *weight.split([8, 8, 4]), impl=impl)[1]  # noqa: E731
@@ -58,3 +69,5 @@ def test_dtypes_and_what_does_not_fit() -> None:
         assert torch.autograd.grad(loss, a["second"])[0].dtype == torch.float32
     with pytest.raises(UnsupportedError, match=r"a weight has shape \(2, 3\); expected \(N, K=8\)"):
         projections(a["x"], a["first"][:, :3])
+    with pytest.raises(UnsupportedError, match=r"biases have shapes \[\(3,\)\]"):
+        projections(a["x"], a["first"], biases=[torch.rand(3)])

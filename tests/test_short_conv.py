@@ -36,6 +36,8 @@ def test_equals_conv1d(impl, T):
             torch.testing.assert_close(y, conv1d(**a, activation=activation), rtol=1e-12, atol=1e-12)
             past = torch.cat([a["initial_state"], a["x"]], 1)
             assert torch.equal(cache, past[:, T:])
+            gated, _ = short_conv(**a, activation=activation, gate=a["x"] + 1, impl=impl)
+            torch.testing.assert_close(gated, y * (a["x"] + 1), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 17, 65])

@@ -40,6 +40,9 @@ def test_short_conv(T):
     check_op(partial(short_reference, **silu), partial(short_fused, **silu), short_inputs(T), FP32["short_conv"])
     bare = short_inputs(T, seed=1, without=("bias", "initial_state"))
     check_op(short_reference, short_fused, bare, FP32["short_conv"])
+    gate = inputs(T, {"gate": "BTD"}, B=2, D=3, seed=2)
+    check_op(partial(short_reference, **silu), partial(short_fused, **silu), short_inputs(T) | gate, FP32["short_conv"])
+    check_op(short_reference, short_fused, bare | gate, FP32["short_conv"])
 
 
 @pytest.mark.parametrize(("D", "W"), [(1, 1), (17, 2), (130, 3), (5, 8)])
@@ -73,7 +76,8 @@ def test_the_cache_continues_a_sequence(T):
 def test_short_conv_is_a_sound_custom_op():
     x, weight, bias, first = (a.detach() for a in short_inputs(5, W=2).values())
     x, weight, bias, first = (a.requires_grad_() for a in (x, weight[None], bias[None], first))
-    for extra in ((None, None, False), (bias, first, True)):
+    gate = torch.rand(x.shape).requires_grad_()
+    for extra in ((None, None, None, False), (bias, gate, first, True)):
         torch.library.opcheck(short_triton._forward, (x, weight, *extra))
 
 
@@ -146,7 +150,7 @@ def test_long_conv_under_vmap(longest, monkeypatch):
     packs = [list(long_inputs(9, seed=seed, without=("past",)).values()) for seed in (0, 1)]
     stacked = [torch.stack(x).detach().requires_grad_() for x in zip(*packs, strict=True)]
     together = torch.autograd.grad(torch.func.vmap(long_fused)(*stacked).square().sum(), stacked)
-    products = {"convolve_kernel": 2, "pairs_kernel": 1, "diagonals_kernel": 1}
+    products = {"taps_kernel": 2, "convolve_kernel": 2, "pairs_kernel": 1, "diagonals_kernel": 1}
     assert launches == {"turn_kernel": 4} | (products if longest > 9 else {})
     for i, pack in enumerate(packs):
         for got, want in zip(together, torch.autograd.grad(long_fused(*pack).square().sum(), pack), strict=True):

@@ -48,7 +48,8 @@ class GatedConv(RecurrentMixer):
             x,
             self.conv_weight,
             self.conv_bias,
+            gate=self.projection(x),
             initial_state=None if state is None else state.conv,
             return_state=return_state,
         )
-        return self.projection(x) * y, None if cache is None else GatedConvState(cache)
+        return y, None if cache is None else GatedConvState(cache)

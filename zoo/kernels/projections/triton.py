@@ -1,4 +1,4 @@
-"""A product for each layer; in the gradient of x, each product adds to the ones before.
+"""All products in one pass over x, its gradient in another; inputs wider than WIDEST product by product.
 
 Every tensor of the custom op has the groups, each with weights of its own, as its first axis.
 """
@@ -8,47 +8,123 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.kernels.launch import check_launch, fold_batch, rows
-from zoo.kernels.linear.triton import weight_gradient
+from zoo.kernels.launch import Config, check_launch, configured, fold_batch, padded, precision, rows
+from zoo.kernels.linear.triton import weight_parts
+from zoo.kernels.parts import sum_all
+from zoo.kernels.projections import kernels
 
+# Channels of x that a program can hold.
+WIDEST = 256
+CAST = 4096
 # Products in half precision are several times slower where rows do not start at 32 bytes.
 WIDTH = 16
 
 
-def projections(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
-    check_launch("projections", x, *weights)
-    results = torch.ops.zoo.projections(x.reshape(1, -1, x.shape[-1]), [weight[None] for weight in weights])
+def projections(x: Tensor, weights: list[Tensor], biases: list[Tensor] | list[None]) -> list[Tensor]:
+    check_launch("projections", x, *weights, *biases)
+    given = [bias[None] for bias in biases if bias is not None]
+    results = torch.ops.zoo.projections(x.reshape(1, -1, x.shape[-1]), [weight[None] for weight in weights], given)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in results]
 
 
 @torch.library.custom_op("zoo::projections", mutates_args=())
-def _forward(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
-    """x (groups, M, K), weights (groups, N_i, K)."""
-    return [torch.bmm(x, _widened(weight.to(x.dtype), 1).mT)[..., : weight.shape[1]] for weight in weights]
+def _forward(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    """x (groups, M, K), weights (groups, N_i, K), biases none, or each (groups, N_i)."""
+    if x.shape[2] > WIDEST:
+        ys = [torch.bmm(x, _widened(w, 1).mT)[..., : w.shape[1]] for w in _cast(weights, x.dtype)]
+        return [y + bias[:, None].to(y.dtype) for y, bias in zip(ys, biases, strict=True)] if biases else ys
+    x, ys = rows(x), [x.new_empty(*x.shape[:2], weight.shape[1]) for weight in weights]
+    programs, given, arguments, options = _prepared(x, weights, configured("projections.forward", forward_config, x))
+    # Without biases the weights stand in for them, and are not read.
+    shifts = tuple(rows(bias) for bias in biases) or given
+    weight_groups, row_blocks = arguments
+    kernels.forward_kernel[(programs,)](
+        x, given, shifts, tuple(ys), x.shape[1], *x.stride()[:2], weight_groups,
+        tuple(shift.stride(0) for shift in shifts), row_blocks, BIAS=bool(biases), **options,
+    )  # fmt: skip
+    return ys
 
 
 @_forward.register_fake
-def _(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+def _(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
     return [x.new_empty(*x.shape[:2], weight.shape[1]) for weight in weights]
 
 
 @torch.library.custom_op("zoo::projections_backward", mutates_args=())
-def _backward(x: Tensor, weights: list[Tensor], dys: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _backward(
+    x: Tensor, weights: list[Tensor], dys: list[Tensor], has_biases: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     x, dys = rows(x), [dy.contiguous() for dy in dys]
-    dx = None
-    for dy, weight in zip(dys, weights, strict=True):
-        factors = _widened(dy, 2), _widened(weight.to(x.dtype), 1)
-        dx = torch.bmm(*factors) if dx is None else dx.baddbmm_(*factors)
-    dweights = [weight_gradient(x, dy)[0].to(weight.dtype) for dy, weight in zip(dys, weights, strict=True)]
-    return torch.zeros_like(x) if dx is None else dx, dweights
+    totals = sum_all([part for dy in dys for part in weight_parts(x, dy, has_biases)], torch.float32)
+    sums = [total.squeeze(0) for total in totals]
+    dbiases = sums[1::2] if has_biases else []
+    each = 1 + has_biases
+    dweights = [total.to(weight.dtype) for total, weight in zip(sums[::each], weights, strict=True)]
+    if x.shape[2] > WIDEST:
+        dx = torch.zeros_like(x)
+        for dy, weight in zip(dys, _cast(weights, x.dtype), strict=True):
+            dx.baddbmm_(_widened(dy, 2), _widened(weight, 1))
+        return dx, dweights, dbiases
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    programs, given, arguments, options = _prepared(x, weights, configured("projections.input", input_config, x))
+    kernels.input_kernel[(programs,)](tuple(dys), given, dx, x.shape[1], *arguments, **options)
+    return dx, dweights, dbiases
 
 
 @_backward.register_fake
-def _(x: Tensor, weights: list[Tensor], dys: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    return x.new_empty(x.shape), [weight.new_empty(weight.shape) for weight in weights]
+def _(
+    x: Tensor, weights: list[Tensor], dys: list[Tensor], has_biases: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    dweights = [weight.new_empty(weight.shape) for weight in weights]
+    dbiases = [weight.new_empty(weight.shape[:2], dtype=torch.float32) for weight in weights if has_biases]
+    return x.new_empty(x.shape), dweights, dbiases
+
+
+def forward_config(x: Tensor) -> Config:
+    """chunk: rows of x; block: columns of a result that a program makes at a time."""
+    if x.dtype == torch.float32:
+        return Config(chunk=32, block=32, num_warps=4, num_stages=1)
+    return Config(chunk=128, block=64, num_warps=8, num_stages=3)
+
+
+def input_config(x: Tensor) -> Config:
+    if x.dtype == torch.float32:
+        return Config(chunk=32, block=32, num_warps=4, num_stages=1)
+    return Config(chunk=128, block=32, num_warps=4, num_stages=3)
+
+
+def _cast(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """All weights (groups, N_i, K) in `dtype`, contiguous, by one launch."""
+    if all(weight.dtype == dtype for weight in weights):
+        return [weight.contiguous() for weight in weights]
+    groups, _, K = weights[0].shape
+    weights = [weight if weight.stride()[1:] == (K, 1) else weight.contiguous() for weight in weights]
+    outs = [torch.empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
+    sizes = tuple(weight[0].numel() for weight in weights)
+    kernels.cast_kernel[(groups * sum(triton.cdiv(size, CAST) for size in sizes),)](
+        tuple(weights), tuple(outs), tuple(weight.stride(0) for weight in weights), sizes, groups,
+        COUNT=len(weights), BLOCK=CAST,
+    )  # fmt: skip
+    return outs
+
+
+def _prepared(
+    x: Tensor, weights: list[Tensor], config: Config
+) -> tuple[int, tuple[Tensor, ...], tuple[Any, ...], dict[str, Any]]:
+    """How many programs; the weights as kernels take them, their strides over groups and blocks of rows; options."""
+    groups, M, K = x.shape
+    weights = _cast(weights, x.dtype)
+    row_blocks = triton.cdiv(M, config.chunk)
+    sizes = tuple(weight.shape[1] for weight in weights)
+    options = {"NS": sizes, "BLOCKS": tuple(min(config.block, padded(N)) for N in sizes), "COUNT": len(weights)}
+    options |= {"K": K, "BLOCK_K": padded(K), "ROWS": config.chunk}
+    options |= {"STAGES": config.num_stages, "PRECISION": precision(x)}
+    arguments = (tuple(weight.stride(0) for weight in weights), row_blocks)
+    return groups * row_blocks, tuple(weights), arguments, options | {"num_warps": config.num_warps}
 
 
 def _widened(x: Tensor, axis: int) -> Tensor:
@@ -58,14 +134,16 @@ def _widened(x: Tensor, axis: int) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights = inputs
+    x, weights, biases = inputs
+    ctx.bias_dtypes = [bias.dtype for bias in biases]
     ctx.save_for_backward(x, *weights)
 
 
-def _gradients(ctx: Any, dys: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+def _gradients(ctx: Any, dys: list[Tensor | None]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     x, *weights = ctx.saved_tensors
     slopes = [x.new_zeros(*x.shape[:2], w.shape[1]) if dy is None else dy for dy, w in zip(dys, weights, strict=True)]
-    return torch.ops.zoo.projections_backward(x, weights, slopes)
+    dx, dweights, dbiases = torch.ops.zoo.projections_backward(x, weights, slopes, bool(ctx.bias_dtypes))
+    return dx, dweights, [dbias.to(dtype) for dbias, dtype in zip(dbiases, ctx.bias_dtypes, strict=True)]
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

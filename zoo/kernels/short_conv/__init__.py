@@ -19,11 +19,12 @@ def short_conv(
     bias: Tensor | None = None,
     activation: str | None = None,
     *,
+    gate: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = True,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y_t = act(bias + sum_{j<W} weight[:, W-1-j] * x_{t-j}), channel by channel.
+    """y_t = gate_t * act(bias + sum_{j<W} weight[:, W-1-j] * x_{t-j}), channel by channel.
 
     The weight is laid out as torch's `Conv1d` has it: its last tap meets the present token.
 
@@ -32,6 +33,7 @@ def short_conv(
         weight: (D, W), W <= 8.
         bias: (D,).
         activation: None or "silu".
+        gate: (B, T, D), in x's dtype; None: 1.
         initial_state: (B, W-1, D), the W-1 inputs before x in time order; None: zeros.
         return_state: False: the cache is not made, and None is returned for it.
         impl: "reference", "chunked", "triton", "step" or "step_triton" (one token), or None to choose.
@@ -45,7 +47,7 @@ def short_conv(
 
     Source: the conv1d of Mamba (arXiv 2312.00752, section 3.4); the short filters of Hyena (arXiv 2302.10866).
     """
-    sizes = check_shapes("short_conv", x=(x, "BTD"), weight=(weight, "DW"), bias=(bias, "D"))
+    sizes = check_shapes("short_conv", x=(x, "BTD"), weight=(weight, "DW"), bias=(bias, "D"), gate=(gate, "BTD"))
     if not 1 <= sizes["W"] <= MAX_WIDTH:
         raise UnsupportedError(
             f"short_conv: a width of {sizes['W']} taps is not supported, 1 to {MAX_WIDTH} are; use long_conv for more."
@@ -60,8 +62,8 @@ def short_conv(
             )
     if activation not in (None, "silu"):
         raise UnsupportedError(f"short_conv: activation {activation!r} is not supported; use None or 'silu'.")
-    impl = impl or step_backend(sizes["T"], initial_state, return_state, x, weight, bias, initial_state)
+    impl = impl or step_backend(sizes["T"], initial_state, return_state, x, weight, bias, gate, initial_state)
     module = backend(__name__, IMPLS, impl, x.device)
     # Autocast would take products in half precision.
     with torch.autocast(x.device.type, enabled=False):
-        return module.short_conv(x, weight, bias, activation, initial_state, return_state)
+        return module.short_conv(x, weight, bias, activation, gate, initial_state, return_state)

@@ -69,6 +69,7 @@ def short_conv(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
+    gate: Tensor | None,
     initial_state: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -85,4 +86,5 @@ def short_conv(
         T = seen.shape[1]
         # F.pad copies even where it pads nothing: a slice would keep the whole sequence alive.
         cache = F.pad(seen[:, max(T - past, 0) :], (0, 0, max(past - T, 0), 0))
-    return y.to(x.dtype), cache
+    y = y.to(x.dtype)
+    return y if gate is None else gate * y, cache

@@ -59,9 +59,9 @@ def convolve(seen, taps, bias, i: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    x, weight, bias, first, y, T, per_group, x_b, x_t,
+    x, weight, bias, gate, first, y, T, per_group, x_b, x_t, gate_b, gate_t, weight_g, bias_g,
     D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
-    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FIRST: tl.constexpr,
+    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One program per group, ROWS chunks and BLOCK channels; weight (groups, D, W), bias (groups, D)."""
     group, b, chunk, live, d, _ = place(per_group, tl.cdiv(T, C), D, BLOCK, ROWS)
@@ -69,29 +69,38 @@ def forward_kernel(
     x += (b * x_b + start * x_t)[:, None] + d[None, :]
     y += (b * T * D + start * D)[:, None] + d[None, :]
     first += (b * (W - 1) * D)[:, None] + d[None, :]
-    taps = load_taps(weight + group * D * W, d, D, W)
+    taps = load_taps(weight + group * weight_g, d, D, W)
     b_bias = tl.zeros((1, BLOCK), tl.float32)
     if HAS_BIAS:
-        b_bias = tl.load(bias + group * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        b_bias = tl.load(bias + group * bias_g + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     # All loads before the first store, which would hold them up.
     seen = (load_input(x - (W - 1) * x_t, first, start - (W - 1), live, d, T, D, W, BLOCK, HAS_FIRST and W > 1),)
     for i in tl.static_range(1, C + W - 1):
         t = i - (W - 1)
         b_x = load_input(x + t * x_t, first, start + t, live, d, T, D, W, BLOCK, HAS_FIRST and t < 0)
         seen = seen + (b_x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no star
+    gates = (seen[0],)
+    if HAS_GATE:
+        gate += (b * gate_b + start * gate_t)[:, None] + d[None, :]
+        gates = (load_at(gate, start, live, d, T, D, BLOCK),)
+        for i in tl.static_range(1, C):
+            gates = gates + (load_at(gate + i * gate_t, start + i, live, d, T, D, BLOCK),)  # type: ignore[assignment]  # noqa: RUF005
     for i in tl.static_range(C):
         total = convolve(seen, taps, b_bias, i, W)
         if SILU:
             total *= tl.sigmoid(total)
+        if HAS_GATE:
+            total *= gates[i].to(tl.float32)
         mask = (live & (start + i < T))[:, None] & (d < D)[None, :]
         tl.store(y + i * D, total.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def backward_kernel(
-    x, weight, bias, first, dy, dx, parts, dfirst, T, per_group, x_b, x_t, dy_b, dy_t,
+    x, weight, bias, gate, first, dy, dx, parts, dgate, dfirst, T, per_group,
+    x_b, x_t, gate_b, gate_t, weight_g, bias_g, dy_b, dy_t,
     D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
-    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FIRST: tl.constexpr,
+    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """As the forward. With an initial state the chunks begin W-1 tokens earlier, and dx there is its gradient.
 
@@ -105,10 +114,10 @@ def backward_kernel(
     dx += (b * T * D + start * D)[:, None] + d[None, :]
     first += (b * (W - 1) * D)[:, None] + d[None, :]
     dfirst += (b * (W - 1) * D)[:, None] + d[None, :]
-    taps = load_taps(weight + group * D * W, d, D, W)
+    taps = load_taps(weight + group * weight_g, d, D, W)
     b_bias = tl.zeros((1, BLOCK), tl.float32)
     if HAS_BIAS:
-        b_bias = tl.load(bias + group * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        b_bias = tl.load(bias + group * bias_g + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
 
     # Inputs from token -W+1 of the chunk on, and what reaches the outputs from its first token on.
     seen = (load_input(x - (W - 1) * x_t, first, start - (W - 1), live, d, T, D, W, BLOCK, HAS_FIRST and W > 1),)
@@ -119,6 +128,13 @@ def backward_kernel(
     given = (load_at(dy, start, live, d, T, D, BLOCK),)
     for i in tl.static_range(1, C + W - 1):
         given = given + (load_at(dy + i * dy_t, start + i, live, d, T, D, BLOCK),)  # type: ignore[assignment]  # noqa: RUF005
+    gates = (given[0],)
+    if HAS_GATE:
+        gate += (b * gate_b + start * gate_t)[:, None] + d[None, :]
+        dgate += (b * T * D + start * D)[:, None] + d[None, :]
+        gates = (load_at(gate, start, live, d, T, D, BLOCK),)
+        for i in tl.static_range(1, C + W - 1):
+            gates = gates + (load_at(gate + i * gate_t, start + i, live, d, T, D, BLOCK),)  # type: ignore[assignment]  # noqa: RUF005
 
     zeros = tl.zeros((ROWS, BLOCK), tl.float32)
     dtaps = (zeros,)
@@ -127,10 +143,18 @@ def backward_kernel(
     slopes = (zeros,)
     for i in tl.static_range(C + W - 1):
         slope = given[i].to(tl.float32)
+        if HAS_GATE and i < C:
+            ungated = convolve(seen, taps, b_bias, i, W)
+            if SILU:
+                ungated *= tl.sigmoid(ungated)
+            mask = (live & (start + i >= 0) & (start + i < T))[:, None] & (d < D)[None, :]
+            tl.store(dgate + i * D, (slope * ungated).to(dgate.dtype.element_ty), mask=mask)
+        if HAS_GATE:
+            slope *= gates[i].to(tl.float32)
         if SILU:
             total = convolve(seen, taps, b_bias, i, W)
-            gate = tl.sigmoid(total)
-            slope *= gate * (1 + total * (1 - gate))
+            opened = tl.sigmoid(total)
+            slope *= opened * (1 + total * (1 - opened))
         slopes = slopes + (slope,)  # type: ignore[assignment]  # noqa: RUF005
         if i < C:
             sums = (dtaps[0] + slope * seen[i].to(tl.float32),)

@@ -1,4 +1,4 @@
-"""y_t = act(bias + sum_j weight[:, W-1-j] * x_{t-j}), one step after the other."""
+"""y_t = gate_t * act(bias + sum_j weight[:, W-1-j] * x_{t-j}), one step after the other."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def short_conv(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
+    gate: Tensor | None,
     initial_state: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -29,4 +30,7 @@ def short_conv(
             y_BD = y_BD + bias.to(dtype)
         outputs.append(F.silu(y_BD) if activation == "silu" else y_BD)
         cache = window_BWD[:, 1:]
-    return torch.stack(outputs, dim=1).to(x.dtype), cache if return_state else None
+    y = torch.stack(outputs, dim=1)
+    if gate is not None:
+        y = gate.to(dtype) * y
+    return y.to(x.dtype), cache if return_state else None

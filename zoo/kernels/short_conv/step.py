@@ -14,6 +14,7 @@ def short_conv(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
+    gate: Tensor | None,
     initial_state: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -23,4 +24,5 @@ def short_conv(
     y = (window_BWD.to(dtype) * weight.T.to(dtype)).sum(1, keepdim=True)
     if bias is not None:
         y = y + bias.to(dtype)
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype), window_BWD[:, 1:].contiguous()
+    y = (F.silu(y) if activation == "silu" else y).to(x.dtype)
+    return y if gate is None else gate * y, window_BWD[:, 1:].contiguous()

@@ -16,6 +16,7 @@ def short_conv(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
+    gate: Tensor | None,
     initial_state: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -23,7 +24,7 @@ def short_conv(
     check_launch("short_conv", x, weight, bias)
     bias = None if bias is None else bias[None]
     y, cache = _op(x[:, 0], weight[None], bias, cache.to(x.dtype), activation == "silu")
-    return y[:, None], cache
+    return y[:, None] if gate is None else gate * y[:, None], cache
 
 
 def _step(x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
