@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from zoo.errors import ConfigError
 from zoo.kernels.long_conv import long_conv
 from zoo.kernels.outer_product import outer_product, read_product
+from zoo.kernels.projections import projections
 from zoo.mixers.base import LayerInfo
-from zoo.mixers.recurrent import RecurrentMixer
+from zoo.mixers.recurrent import Pick, ReadoutMixer, everywhere
 from zoo.mixers.s4d import DiagonalSSM
 
 
@@ -24,7 +25,7 @@ class H3State(NamedTuple):
     diagonal: Tensor
 
 
-class H3(RecurrentMixer):
+class H3(ReadoutMixer):
     """y = W_o (q * SSM_diag(SSM_shift(k) v^T)), an outer product in each head of K channels (arXiv 2212.14052, alg. 1).
 
     The shift SSM keeps the last N inputs (its B is e_1), so that with its output matrix it is a filter of N learned
@@ -32,7 +33,7 @@ class H3(RecurrentMixer):
     official code: taps uniform in +-N^-1/2, both D normal, torch's defaults for the projections.
     """
 
-    class Config(RecurrentMixer.Config):
+    class Config(ReadoutMixer.Config):
         d_state: int = Field(64, ge=2, multiple_of=2, description="N, states per channel of both state space models.")
         head_dim: int = Field(1, ge=1, description="K, channels of a head; the diagonal SSM runs D x K systems.")
 
@@ -56,16 +57,18 @@ class H3(RecurrentMixer):
             self.diagonal.init_state(batch_size, self.config.head_dim**2),
         )
 
-    def mix(self, x: Tensor, state: H3State | None, return_state: bool) -> tuple[Tensor, H3State | None]:
+    def mix(
+        self, x: Tensor, state: H3State | None, return_state: bool, pick: Pick = everywhere
+    ) -> tuple[Tensor, H3State | None]:
         K = self.config.head_dim
         past, diagonal = (None, None) if state is None else state
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = projections(x, *self.qkv.weight.chunk(3), biases=self.qkv.bias.chunk(3))
         shifted = long_conv(k, self.shift, self.shift_D, past=past)
         # The heads stand last, being many where a head has few channels.
         q, shifted, v = (y.unflatten(-1, (K, -1)) for y in (q, shifted, v))
         kv_BTKKH = outer_product(shifted, v)
         y, diagonal = self.diagonal(kv_BTKKH.flatten(2, 3), diagonal, return_state)
-        y = read_product(q, y.view_as(kv_BTKKH))
+        y = read_product(pick(q), pick(y.view_as(kv_BTKKH)))
         y = self.out_proj(y.flatten(2))
         if diagonal is None:
             return y, None
