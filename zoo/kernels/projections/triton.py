@@ -17,8 +17,8 @@ from zoo.kernels.linear.triton import weight_parts
 from zoo.kernels.parts import sum_all
 from zoo.kernels.projections import kernels
 
-# Channels of x that a program can hold.
-WIDEST = 256
+# Channels of x that a program can hold, with the sums of its gradient.
+WIDEST = 128
 CAST = 4096
 # Products in half precision are several times slower where rows do not start at 32 bytes.
 WIDTH = 16
@@ -65,9 +65,10 @@ def _backward(
     each = 1 + has_biases
     dweights = [total.to(weight.dtype) for total, weight in zip(sums[::each], weights, strict=True)]
     if x.shape[2] > WIDEST:
-        dx = torch.zeros_like(x)
-        for dy, weight in zip(dys, _cast(weights, x.dtype), strict=True):
-            dx.baddbmm_(_widened(dy, 2), _widened(weight, 1))
+        pairs = [(_widened(dy, 2), _widened(w, 1)) for dy, w in zip(dys, _cast(weights, x.dtype), strict=True)]
+        dx = torch.bmm(*pairs[0])
+        for pair in pairs[1:]:
+            dx.baddbmm_(*pair)
         return dx, dweights, dbiases
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     programs, given, arguments, options = _prepared(x, weights, configured("projections.input", input_config, x))
