@@ -100,9 +100,10 @@ def test_no_bit_of_an_output_depends_on_later_tokens(name, min_decay):
         assert torch.equal(o[n, :place], o[-1, :place]), place
 
 
+@pytest.mark.parametrize("V", [70, 96])
 @pytest.mark.parametrize(("name", "decay"), [("delta_rule", "step"), ("generalized_delta_rule", "channel")])
-def test_several_sequences_heads_and_blocks_of_columns(name, decay):
-    check(name, arguments(name, 3, decay, B=2, H=2, K=3, V=70))
+def test_several_sequences_heads_and_blocks_of_columns(name, decay, V):
+    check(name, arguments(name, 3, decay, B=2, H=2, K=3, V=V))
 
 
 @pytest.mark.parametrize(("name", "decay"), [("delta_rule", "step"), ("generalized_delta_rule", "channel")])

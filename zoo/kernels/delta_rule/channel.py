@@ -47,8 +47,8 @@ def forward(
     channel_kernels.prepare_kernel[(B * H * triton.cdiv(T, C),)](
         q, k, v, a, b, beta, decay, decayed, chunks.since, chunks.W, U, chunks.squares, chunks.totals, T, H,
         *strides, *decay.stride(),
-        K=K, V=V, BLOCK_K=padded(K), BLOCK_V=padded(V), C=C, HALVINGS=C.bit_length() - 1,
-        BOUNDED=bounded, DELTA=delta, PRECISION=precision(q),
+        K=K, V=V, BLOCK_K=min(config.block, padded(K)), BLOCK_V=min(config.block, padded(V)), C=C,
+        HALVINGS=C.bit_length() - 1, BOUNDED=bounded, DELTA=delta, PRECISION=precision(q),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     results = walks.forward(
@@ -187,14 +187,18 @@ def _given(
 
 
 def prepare_config(q: Tensor, v: Tensor) -> Config:
-    """For one program per chunk, whose lengths are those of the walks."""
+    """For one program per chunk, whose lengths are those of the walks. Wide heads in fp32 do not fit its registers at
+    once."""
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
-    return Config(chunk=0, block=0, num_warps=max(2, widest // 32), num_stages=1)
+    if q.dtype == torch.float32 and widest > 64:
+        return Config(chunk=0, block=32, num_warps=1, num_stages=1)
+    return Config(chunk=0, block=widest, num_warps=max(2, widest // 32), num_stages=1)
 
 
 def gradient_config(q: Tensor, v: Tensor, bounded: bool) -> Config:
     """Without a bound twice the warps, so that registers suffice."""
-    num_warps = prepare_config(q, v).num_warps * (1 if bounded else 2)
+    widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    num_warps = max(2, widest // 32) * (1 if bounded else 2)
     return Config(chunk=0, block=min(padded(v.shape[-1]), 64), num_warps=min(8, num_warps), num_stages=1)
 
 

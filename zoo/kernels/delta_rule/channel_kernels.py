@@ -85,81 +85,101 @@ def prepare_kernel(
     at = chunk % chunks * C
     row = tl.arange(0, C)
     live = at + row < T
-    i = tl.arange(0, BLOCK_K)
-    j = tl.arange(0, BLOCK_V)
-    b_q = load_rows(q + n * q_n + h * q_h + at * q_t, row, q_t, live, i, K, BLOCK_K)
-    b_k = load_rows(k + n * k_n + h * k_h + at * k_t, row, k_t, live, i, K, BLOCK_K)
-    if DELTA:
-        b_a = b_k
-        b_k = (b_k * load_steps(beta + n * beta_n + h * beta_h, at, row, beta_t, T)[:, None]).to(dtype)
-        b_b = -b_k
-    else:
-        b_a = load_rows(a + n * a_n + h * a_h + at * a_t, row, a_t, live, i, K, BLOCK_K)
-        b_b = load_rows(b + n * b_n + h * b_h + at * b_t, row, b_t, live, i, K, BLOCK_K)
-    b_v = load_rows(v + n * v_n + h * v_h + at * v_t, row, v_t, live, j, V, BLOCK_V)
-    b_g = load_decays(g + n * g_n + h * g_h + at * g_t, row, g_t, g_c, live, i, K)
-
-    later = row[:, None] > row[None, :]
     size = tl.cast(T, tl.int64) * K
     decayed += head * (4 if BOUNDED else 3) * size + at * K
+    since += (head * T + at) * K
+    W += (head * T + at) * K
+    totals += chunk * (2 * K if BOUNDED else K)
+    diagonal = row[:, None] == row[None, :]
+    Ab = tl.zeros((C, C), tl.float32)
+    Ak = tl.zeros((C, C), tl.float32)
+    Pb = tl.zeros((C, C), tl.float32)
+    Pk = tl.zeros((C, C), tl.float32)
+    far_a = tl.zeros((C, BLOCK_K), dtype)
+    for column in range(0, K, BLOCK_K):
+        i = column + tl.arange(0, BLOCK_K)
+        b_q = load_rows(q + n * q_n + h * q_h + at * q_t, row, q_t, live, i, K, BLOCK_K)
+        b_k = load_rows(k + n * k_n + h * k_h + at * k_t, row, k_t, live, i, K, BLOCK_K)
+        if DELTA:
+            b_a = b_k
+            b_k = (b_k * load_steps(beta + n * beta_n + h * beta_h, at, row, beta_t, T)[:, None]).to(dtype)
+            b_b = -b_k
+        else:
+            b_a = load_rows(a + n * a_n + h * a_h + at * a_t, row, a_t, live, i, K, BLOCK_K)
+            b_b = load_rows(b + n * b_n + h * b_h + at * b_t, row, b_t, live, i, K, BLOCK_K)
+        b_g = load_decays(g + n * g_n + h * g_h + at * g_t, row, g_t, g_c, live, i, K)
+        if BOUNDED:
+            b_since = tl.cumsum(b_g, 0)
+            middle = tl.floor(tl.sum(tl.where((row < C // 2)[:, None], b_g, 0.0), 0))
+            tl.store(totals + i, tl.exp2(middle), mask=i < K)
+            tl.store(totals + K + i, tl.exp2(tl.sum(b_g, 0) - middle), mask=i < K)
+            middle = middle[None, :]
+            store_rows(since, b_since - middle, row, K, live, i, K, BLOCK_K)
+            near = tl.exp2(-b_since) * tl.exp2(middle)
+            far_q = (b_q * (tl.exp2(b_since) * tl.exp2(-middle))).to(dtype)
+            far_a = (b_a * (tl.exp2(b_since if DELTA else b_since - b_g) * tl.exp2(-middle))).to(dtype)
+            b_b = (b_b * near).to(dtype)
+            b_k = (b_k * near).to(dtype)
+            store_rows(decayed, far_q, row, K, live, i, K, BLOCK_K)
+            store_rows(decayed + size, b_b, row, K, live, i, K, BLOCK_K)
+            store_rows(decayed + 2 * size, b_k, row, K, live, i, K, BLOCK_K)
+            store_rows(decayed + 3 * size, far_a, row, K, live, i, K, BLOCK_K)
+            near_b = tl.trans(b_b)
+            near_k = tl.trans(b_k)
+            Ab = tl.dot(far_a, near_b, Ab, input_precision=PRECISION)
+            Ak = tl.dot(far_a, near_k, Ak, input_precision=PRECISION)
+            Pb = tl.dot(far_q, near_b, Pb, input_precision=PRECISION)
+            Pk = tl.dot(far_q, near_k, Pk, input_precision=PRECISION)
+        else:
+            b_since, before, until = sums(b_g, C, DELTA, PRECISION)
+            Pb += tl.where(diagonal, tl.sum(b_q.to(tl.float32) * b_b, 1)[:, None], 0.0)
+            Pk += tl.where(diagonal, tl.sum(b_q.to(tl.float32) * b_k, 1)[:, None], 0.0)
+            for doubling in tl.static_range(HALVINGS):
+                kept = tl.exp2(tl.dot(to_middle(1 << doubling, C, False, False), b_g, input_precision=PRECISION))
+                kept_a = tl.exp2(tl.dot(to_middle(1 << doubling, C, not DELTA, False), b_g, input_precision=PRECISION))
+                far_q = (b_q * kept).to(dtype)
+                far_a = (b_a * kept_a).to(dtype)
+                near_b = tl.trans((b_b * kept).to(dtype))
+                near_k = tl.trans((b_k * kept).to(dtype))
+                Ab += pairs_of_halves(tl.dot(far_a, near_b, input_precision=PRECISION), 1 << doubling, C)
+                Ak += pairs_of_halves(tl.dot(far_a, near_k, input_precision=PRECISION), 1 << doubling, C)
+                Pb += pairs_of_halves(tl.dot(far_q, near_b, input_precision=PRECISION), 1 << doubling, C)
+                Pk += pairs_of_halves(tl.dot(far_q, near_k, input_precision=PRECISION), 1 << doubling, C)
+            left = tl.exp2(until)
+            store_rows(decayed, b_q * tl.exp2(b_since), row, K, live, i, K, BLOCK_K)
+            store_rows(decayed + size, b_b * left, row, K, live, i, K, BLOCK_K)
+            store_rows(decayed + 2 * size, b_k * left, row, K, live, i, K, BLOCK_K)
+            tl.store(totals + i, tl.exp2(tl.sum(b_g, 0)), mask=i < K)
+            far_a = (b_a * tl.exp2(before)).to(dtype)
+        if K > BLOCK_K:
+            store_rows(W, far_a, row, K, live, i, K, BLOCK_K)
     if BOUNDED:
-        b_since = tl.cumsum(b_g, 0)
-        middle = tl.floor(tl.sum(tl.where((row < C // 2)[:, None], b_g, 0.0), 0))
-        tl.store(totals + chunk * (2 * K) + i, tl.exp2(middle), mask=i < K)
-        tl.store(totals + chunk * (2 * K) + K + i, tl.exp2(tl.sum(b_g, 0) - middle), mask=i < K)
-        middle = middle[None, :]
-        store_rows(since + (head * T + at) * K, b_since - middle, row, K, live, i, K, BLOCK_K)
-        near = tl.exp2(-b_since) * tl.exp2(middle)
-        far_q = (b_q * (tl.exp2(b_since) * tl.exp2(-middle))).to(dtype)
-        far_a = (b_a * (tl.exp2(b_since if DELTA else b_since - b_g) * tl.exp2(-middle))).to(dtype)
-        b_b = (b_b * near).to(dtype)
-        b_k = (b_k * near).to(dtype)
-        store_rows(decayed, far_q, row, K, live, i, K, BLOCK_K)
-        store_rows(decayed + size, b_b, row, K, live, i, K, BLOCK_K)
-        store_rows(decayed + 2 * size, b_k, row, K, live, i, K, BLOCK_K)
-        store_rows(decayed + 3 * size, far_a, row, K, live, i, K, BLOCK_K)
-        near_b = tl.trans(b_b)
-        near_k = tl.trans(b_k)
-        Ab = tl.where(later, tl.dot(far_a, near_b, input_precision=PRECISION), 0.0)
-        Ak = tl.where(later, tl.dot(far_a, near_k, input_precision=PRECISION), 0.0)
-        until_now = row[:, None] >= row[None, :]
-        Pb = tl.where(until_now, tl.dot(far_q, near_b, input_precision=PRECISION), 0.0)
-        Pk = tl.where(until_now, tl.dot(far_q, near_k, input_precision=PRECISION), 0.0)
-    else:
-        b_since, before, until = sums(b_g, C, DELTA, PRECISION)
-        diagonal = row[:, None] == row[None, :]
-        Ab = tl.zeros((C, C), tl.float32)
-        Ak = tl.zeros((C, C), tl.float32)
-        Pb = tl.where(diagonal, tl.sum(b_q.to(tl.float32) * b_b, 1)[:, None], 0.0)
-        Pk = tl.where(diagonal, tl.sum(b_q.to(tl.float32) * b_k, 1)[:, None], 0.0)
-        for doubling in tl.static_range(HALVINGS):
-            kept = tl.exp2(tl.dot(to_middle(1 << doubling, C, False, False), b_g, input_precision=PRECISION))
-            kept_a = tl.exp2(tl.dot(to_middle(1 << doubling, C, not DELTA, False), b_g, input_precision=PRECISION))
-            far_q = (b_q * kept).to(dtype)
-            far_a = (b_a * kept_a).to(dtype)
-            near_b = tl.trans((b_b * kept).to(dtype))
-            near_k = tl.trans((b_k * kept).to(dtype))
-            Ab += pairs_of_halves(tl.dot(far_a, near_b, input_precision=PRECISION), 1 << doubling, C)
-            Ak += pairs_of_halves(tl.dot(far_a, near_k, input_precision=PRECISION), 1 << doubling, C)
-            Pb += pairs_of_halves(tl.dot(far_q, near_b, input_precision=PRECISION), 1 << doubling, C)
-            Pk += pairs_of_halves(tl.dot(far_q, near_k, input_precision=PRECISION), 1 << doubling, C)
-        left = tl.exp2(until)
-        store_rows(decayed, b_q * tl.exp2(b_since), row, K, live, i, K, BLOCK_K)
-        store_rows(decayed + size, b_b * left, row, K, live, i, K, BLOCK_K)
-        store_rows(decayed + 2 * size, b_k * left, row, K, live, i, K, BLOCK_K)
-        tl.store(totals + chunk * K + i, tl.exp2(tl.sum(b_g, 0)), mask=i < K)
-        far_a = (b_a * tl.exp2(before)).to(dtype)
+        later = row[:, None] > row[None, :]
+        Ab = tl.where(later, Ab, 0.0)
+        Ak = tl.where(later, Ak, 0.0)
+        Pb = tl.where(later | diagonal, Pb, 0.0)
+        Pk = tl.where(later | diagonal, Pk, 0.0)
     squares += chunk * (4 * C * C)
     store_square(squares + C * C, Pb, C)
     store_square(squares + 2 * C * C, Ak, C)
     store_square(squares + 3 * C * C, Pk, C)
     X = inverse(-Ab, C, HALVINGS, PRECISION).to(dtype)
     store_square(squares, X, C)
-    b_W = tl.dot(X, far_a, input_precision=PRECISION)
-    store_rows(W + (head * T + at) * K, b_W, row, K, live, i, K, BLOCK_K)
-    b_U = tl.dot(Ak.to(dtype), b_v, input_precision=PRECISION).to(dtype)
-    b_U = tl.dot(X, b_U, input_precision=PRECISION)
-    store_rows(U + (head * T + at) * V, b_U, row, V, live, j, V, BLOCK_V)
+    for column in range(0, K, BLOCK_K):
+        i = column + tl.arange(0, BLOCK_K)
+        if K > BLOCK_K:
+            # A block has waited in W for its X; barriers, because one thread may load what another stores.
+            tl.debug_barrier()
+            far_a = load_rows(W, row, K, live, i, K, BLOCK_K)
+            tl.debug_barrier()
+        store_rows(W, tl.dot(X, far_a, input_precision=PRECISION), row, K, live, i, K, BLOCK_K)
+    Ak = Ak.to(dtype)
+    for column in range(0, V, BLOCK_V):
+        j = column + tl.arange(0, BLOCK_V)
+        b_v = load_rows(v + n * v_n + h * v_h + at * v_t, row, v_t, live, j, V, BLOCK_V)
+        b_U = tl.dot(Ak, b_v, input_precision=PRECISION).to(dtype)
+        b_U = tl.dot(X, b_U, input_precision=PRECISION)
+        store_rows(U + (head * T + at) * V, b_U, row, V, live, j, V, BLOCK_V)
 
 
 @triton.jit

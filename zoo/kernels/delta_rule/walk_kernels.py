@@ -101,7 +101,7 @@ def forward_kernel(
         if KEEP:
             tl.store(states + at // C * (PADDED_V * BLOCK_K), now)
         b_W = load_rows(W + at * K, row, K, live, i, K, BLOCK_K)
-        b_U = load_rows(U + at * V, row, V, live, j, V, BLOCK)
+        b_U = load_rows(U + at * V, row, V, live, j, V, PADDED_V)
         b_q = load_rows(q + at * q_t, row, q_t, live, i, K, BLOCK_K)
         b_b = load_rows(b + at * b_t, row, b_t, live, i, K, BLOCK_K)
         b_P = load_square(squares + at * (squares_each * C) + C * C, C)
@@ -112,16 +112,16 @@ def forward_kernel(
         b_o = tl.dot(b_u.to(dtype), tl.trans(b_P), b_o, input_precision=PRECISION)
         if CHANNELS:
             b_k = load_rows(k + at * k_t, row, k_t, live, i, K, BLOCK_K)
-            b_v = load_rows(v + at * v_t, row, v_t, live, j, V, BLOCK)
+            b_v = load_rows(v + at * v_t, row, v_t, live, j, V, PADDED_V)
             b_Pk = load_square(squares + at * (squares_each * C) + 3 * C * C, C)
             b_o = tl.dot(tl.trans(b_v), tl.trans(b_Pk), b_o, input_precision=PRECISION)
         if DECAYS and not BOUNDED:
             S *= total
         if CHANNELS:
             S = tl.dot(tl.trans(b_v), b_k, S, input_precision=PRECISION)
-        store_transposed(o + at * H * V, b_o, row, H * V, live, j, V, BLOCK)
+        store_transposed(o + at * H * V, b_o, row, H * V, live, j, V, PADDED_V)
         if KEEP:
-            store_transposed(u + at * V, b_u, row, V, live, j, V, BLOCK)
+            store_transposed(u + at * V, b_u, row, V, live, j, V, PADDED_V)
         if not CHANNELS:
             b_u *= scale
         S = tl.dot(b_u.to(dtype), b_b, S, input_precision=PRECISION)
@@ -185,7 +185,7 @@ def backward_kernel(
         now = dS.to(dtype)
         tl.store(dstates + at // C * (PADDED_V * BLOCK_K), now)
         b_b = load_rows(b + at * b_t, row, b_t, live, i, K, BLOCK_K)
-        b_do = load_rows(do + at * do_t, row, do_t, live, j, V, BLOCK)
+        b_do = load_rows(do + at * do_t, row, do_t, live, j, V, PADDED_V)
         b_q = load_rows(q + at * q_t, row, q_t, live, i, K, BLOCK_K)
         b_W = load_rows(W + at * K, row, K, live, i, K, BLOCK_K)
         b_X = load_square(squares + at * (squares_each * C), C)
@@ -195,7 +195,7 @@ def backward_kernel(
             du *= scale
         du = tl.dot(tl.trans(b_do), b_P, du, input_precision=PRECISION).to(dtype)
         b_dr = tl.dot(du, b_X, input_precision=PRECISION)
-        store_transposed(dr + at * dr_t, b_dr, row, dr_t, live, j, V, BLOCK)
+        store_transposed(dr + at * dr_t, b_dr, row, dr_t, live, j, V, PADDED_V)
         if DECAYS and not BOUNDED:
             dS *= total
         if DECAYS and not CHANNELS:

@@ -115,15 +115,15 @@ def prepare_kernel(
         near = (b_k * tl.exp2(-kept)).to(near_dtype)
         pairs = tl.dot(far, tl.trans(near), input_precision=PRECISION)
         b_scores += tl.where(((t ^ s) < 4) & (s < t if BONUS else s <= t), pairs, 0.0)
-        if BONUS:
-            b_u = tl.load(u + column, mask=column < K, other=0.0).to(tl.float32)
-            b_scores += tl.where(t == s, tl.sum(b_q.to(tl.float32) * b_k * b_u[None, :], 1)[:, None], 0.0)
         for halving in tl.static_range(HALVINGS):
             half = 4 << halving
             kept = tl.exp2(tl.dot(to_middle(t, s, half, BONUS).to(sum_dtype), b_g, input_precision=PRECISION))
             mixed = (tl.where((t & half) != 0, b_q, b_k) * kept).to(dtype)
             pairs = tl.dot(mixed, tl.trans(mixed), input_precision=PRECISION)
             b_scores += tl.where(paired(t, s, half, C) & (t > s), pairs, 0.0)
+        if BONUS:
+            b_u = tl.load(u + column, mask=column < K, other=0.0).to(tl.float32)
+            b_scores += tl.where(t == s, tl.sum(b_q.to(tl.float32) * b_k * b_u[None, :], 1)[:, None], 0.0)
     tl.store(scores + (part * C + t) * C + s, b_scores.to(dtype))
 
 
