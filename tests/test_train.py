@@ -13,7 +13,7 @@ from zoo.decode import decode_through_state
 from zoo.errors import ConfigError
 from zoo.evaluate import evaluate, load_slices
 from zoo.fit import learning_rate, shuffled, turns
-from zoo.model import build_model, sinusoids
+from zoo.model import build_model
 from zoo.optimizer import decayed
 from zoo.pack import Pack
 from zoo.record import Epoch
@@ -79,7 +79,7 @@ def test_an_epoch_visits_every_full_batch_of_every_slice_once() -> None:
     assert turns([8, 3], epoch=3) != turns([8, 3], epoch=4)
 
 
-@pytest.mark.parametrize("positions", ["none", "learned", "sinusoidal", "rotary"])
+@pytest.mark.parametrize("positions", ["none", "learned", "rotary"])
 @pytest.mark.parametrize("mlp", [None, {"expand": 2}, {"expand": 2, "activation": "swiglu"}])
 def test_features_prefill_and_step_agree(positions: str, mlp: Any) -> None:
     config = trial(model={"positions": positions, "mlp": mlp, "norm": "rms" if mlp else "layer", "depth": 3})
@@ -96,23 +96,6 @@ def test_features_prefill_and_step_agree(positions: str, mlp: Any) -> None:
     torch.testing.assert_close(y, whole[:, -1], rtol=1e-10, atol=1e-10)
     for (name, a), (_, b) in zip(named_tensors(state), named_tensors(decoded), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
-
-
-def test_sinusoids_turn_by_the_same_angles_from_each_position_to_the_next() -> None:
-    for channels in (15, 16):
-        table = sinusoids(40, channels).double()
-        assert table.shape == (40, channels)
-        assert float(table.square().mean()) ** 0.5 == pytest.approx(0.02, rel=0.1)
-    sine, cosine = table.chunk(2, dim=1)
-    turn = torch.complex(cosine, sine)
-    steps = turn[1:] / turn[:-1]
-    torch.testing.assert_close(steps, steps[:1].expand_as(steps), rtol=0, atol=1e-5)
-    assert float(steps[0, 0].angle()) == pytest.approx(1.0, abs=1e-5)
-    config = trial(model={"positions": "sinusoidal"})
-    model = build_model(config.model, config.data, 0)
-    assert model.positions is not None
-    torch.testing.assert_close(model.positions.weight.detach(), sinusoids(*model.positions.weight.shape))
-    assert model.positions.weight.requires_grad
 
 
 def test_the_head_is_tied_and_logits_are_where_answers_are_asked() -> None:

@@ -58,15 +58,14 @@ class MLPConfig(_Config):
 class ModelConfig(_Config):
     """Token embedding, then `depth` blocks whose mixers repeat the pattern `layers`, then a tied head.
 
-    positions: `learned` adds an embedding; `sinusoidal` one that starts as sinusoids, from which attention sooner finds
-    the token before; `rotary` makes mixers with queries and keys rotate them.
+    positions: `learned` adds an embedding; `rotary` makes mixers with queries and keys rotate them.
     """
 
     d_model: int = Field(gt=0)
     layers: tuple[LayerConfig, ...] = Field(min_length=1)
     depth: int | None = Field(default=None, gt=0)
     mlp: MLPConfig | None = None
-    positions: Literal["none", "learned", "sinusoidal", "rotary"] = "none"
+    positions: Literal["none", "learned", "rotary"] = "none"
     norm: Literal["layer", "rms"] = "layer"
 
     @property

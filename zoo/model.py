@@ -81,8 +81,7 @@ class Model(nn.Module):
         self.config = config
         self.max_seq_len = max_seq_len
         self.embedding = nn.Embedding(vocabulary, config.d_model)
-        added = config.positions in ("learned", "sinusoidal")
-        self.positions = nn.Embedding(max_seq_len, config.d_model) if added else None
+        self.positions = nn.Embedding(max_seq_len, config.d_model) if config.positions == "learned" else None
         depth = len(config.blocks)
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(config, LayerInfo(config.d_model, index, depth, max_seq_len, rotary=config.positions == "rotary"))
@@ -92,8 +91,6 @@ class Model(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.02)
-            if config.positions == "sinusoidal":
-                self.positions.weight.data = sinusoids(max_seq_len, config.d_model)
 
     def features(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens (B, T), positions (B, Q) -> the head's input at those positions (B, Q, D)."""
@@ -167,16 +164,6 @@ class Model(nn.Module):
             return _join(self._embed(tokens), None, norm)
         bias, kind, eps = _options(norm, table)
         return embedding_norm(tokens, table, norm.weight, bias, kind=kind, eps=eps)
-
-
-def sinusoids(length: int, channels: int) -> Tensor:
-    """(length, channels): sines, then cosines, with periods from 2 pi to almost 20,000 pi (arXiv 1706.03762, sec. 3.5).
-
-    As long as a token's embedding, whose channels are N(0, 0.02^2).
-    """
-    half = (channels + 1) // 2
-    angles = torch.arange(length)[:, None] * 10_000 ** -(torch.arange(half) / half)
-    return 0.02 * math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=1)[:, :channels]
 
 
 def _asked(mixer: Mixer, x: Tensor, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
