@@ -76,9 +76,6 @@ def wkv(
     )
     if 0 in sizes.values():
         raise UnsupportedError(f"wkv: k is {tuple(k.shape)}; no axis may be empty.")
-    if impl is None and k.device.type == "cuda":
-        # The fused kernels have not been checked on a GPU yet: there they run by name only.
-        impl = "chunked"
     impl = impl or step_backend(sizes["T"], a, return_state, k, v, decay, bonus, a, b, p)
     module = backend(__name__, IMPLS, impl, k.device)
     o, state = module.wkv(k, v, decay, bonus, initial_state, return_state)
