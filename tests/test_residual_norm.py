@@ -43,7 +43,8 @@ def test_without_a_branch_the_stream_goes_on_as_it_is(impl: str) -> None:
 
 def test_several_programs_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = pytest.importorskip("zoo.kernels.residual_norm.triton")
-    monkeypatch.setattr(fused, "config_of", lambda x: Config(1, 32, 1, 1))
+    for name in ("config_of", "backward_config"):
+        monkeypatch.setattr(fused, name, lambda x: Config(1, 32, 1, 1))
     monkeypatch.setattr(fused, "PROGRAMS", 5)
     a = inputs(77, SHAPES, D=16)
     check_op(partial(residual_norm, impl="reference"), partial(residual_norm, impl="triton"), a, FP32)

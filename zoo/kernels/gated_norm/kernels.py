@@ -97,7 +97,9 @@ def backward_kernel(
         row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
         token, head = (row // H, row % H) if HEADS == 1 else (row, row * 0 + at % HEADS)
         live = token < M
+        # All loads before the first sum, which would hold them up.
         u = _load(x, group, token, head, column, live, x_g, x_m, x_h, V)
+        slope = _load(dy, group, token, head, column, live, dy_g, dy_m, dy_h, V)
         if SKIP:
             through = _load(skip, group, token, head, column, live, skip_g, skip_m, skip_h, V)
             u += through * _load_weight(skip_weight, at, column, V)[None, :]
@@ -108,7 +110,6 @@ def backward_kernel(
             if GATE_FIRST:
                 u *= z * sigmoid
         unit, inverse = _standardised(u, column, eps, RMS, V)
-        slope = _load(dy, group, token, head, column, live, dy_g, dy_m, dy_h, V)
         if GATE and not GATE_FIRST:
             normed = unit * factor[None, :]
             if BIAS:

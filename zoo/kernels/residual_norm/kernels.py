@@ -44,7 +44,7 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     stream, weight, dstream, dnormed, dx, dbranch, dweight, dbias, M, steps, parts, eps,
-    BRANCH: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
+    STREAM: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dweight and dbias (groups, parts, D) are sums over the rows of a program."""
@@ -56,15 +56,21 @@ def backward_kernel(
         row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
         at = (group.to(tl.int64) * M + row)[:, None] * D + column[None, :]
         mask = (row < M)[:, None] & (column < D)[None, :]
-        unit, inverse = standardised(tl.load(stream + at, mask=mask, other=0.0).to(tl.float32), column, eps, RMS, D)
+        # All loads before the first sum, which would hold them up.
+        total = tl.load(stream + at, mask=mask, other=0.0).to(tl.float32)
         slope = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
+        if STREAM:
+            passed = tl.load(dstream + at, mask=mask, other=0.0).to(tl.float32)
+        unit, inverse = standardised(total, column, eps, RMS, D)
         sum_scale += tl.sum(slope * unit, 0)
         sum_shift += tl.sum(slope, 0)
         slope *= scale[None, :]
         change = slope - unit * (tl.sum(slope * unit, 1) / D)[:, None]
         if not RMS:
             change -= (tl.sum(slope, 1) / D)[:, None]
-        change = change * inverse[:, None] + tl.load(dstream + at, mask=mask, other=0.0).to(tl.float32)
+        change *= inverse[:, None]
+        if STREAM:
+            change += passed
         tl.store(dx + at, change.to(dx.dtype.element_ty), mask=mask)
         if BRANCH:
             tl.store(dbranch + at, change.to(dbranch.dtype.element_ty), mask=mask)

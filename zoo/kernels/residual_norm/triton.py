@@ -16,7 +16,7 @@ from zoo.kernels.parts import sum_all
 from zoo.kernels.residual_norm import kernels
 
 # Programs: enough to keep the memory of a GPU busy.
-PROGRAMS = 1024
+PROGRAMS = 4096
 
 
 def residual_norm(
@@ -75,7 +75,7 @@ def _(
 def _backward(
     stream: Tensor,
     weight: Tensor,
-    dstream: Tensor,
+    dstream: Tensor | None,
     dnormed: Tensor,
     has_branch: bool,
     has_bias: bool,
@@ -84,12 +84,13 @@ def _backward(
     branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups, _, D = stream.shape
-    programs, launch = _launch(stream, configured("residual_norm.backward", config_of, stream))
+    programs, launch = _launch(stream, configured("residual_norm.backward", backward_config, stream))
     dx, dbranch = torch.empty_like(stream), torch.empty_like(stream, dtype=branch_dtype)
     parts = [stream.new_empty(groups, programs // groups, D, dtype=torch.float32) for _ in range(1 + has_bias)]
     kernels.backward_kernel[(programs,)](
-        stream, weight.contiguous(), dstream.contiguous(), dnormed.contiguous(), dx, dbranch, parts[0], parts[-1],
-        eps=eps, BRANCH=has_branch, BIAS=has_bias, RMS=rms, **launch,
+        stream, weight.contiguous(), stream if dstream is None else dstream.contiguous(), dnormed.contiguous(),
+        dx, dbranch, parts[0], parts[-1], eps=eps,
+        STREAM=dstream is not None, BRANCH=has_branch, BIAS=has_bias, RMS=rms, **launch,
     )  # fmt: skip
     dweight, *dbias = sum_all(parts, weight.dtype)
     return dx, dbranch, dweight, dbias[0] if has_bias else weight.new_empty(groups, 0)
@@ -99,7 +100,7 @@ def _backward(
 def _(
     stream: Tensor,
     weight: Tensor,
-    dstream: Tensor,
+    dstream: Tensor | None,
     dnormed: Tensor,
     has_branch: bool,
     has_bias: bool,
@@ -117,6 +118,11 @@ def config_of(x: Tensor) -> Config:
     return Config(chunk=1, block=4096, num_warps=4, num_stages=1)
 
 
+def backward_config(x: Tensor) -> Config:
+    """Programs of one warp: their sums need no barrier."""
+    return Config(chunk=1, block=512, num_warps=1, num_stages=1)
+
+
 def _launch(x: Tensor, config: Config) -> tuple[int, dict[str, Any]]:
     """How many programs, and what every kernel is told of its work."""
     groups, M, D = x.shape
@@ -131,12 +137,15 @@ def _launch(x: Tensor, config: Config) -> tuple[int, dict[str, Any]]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, branch, weight, _, *ctx.options, _ = inputs
-    ctx.branch_dtype = branch.dtype
+    ctx.branch_dtype, ctx.dtype = branch.dtype, output[1].dtype
     ctx.save_for_backward(output[0], weight)
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dstream: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dstream: Tensor | None, dnormed: Tensor | None) -> tuple[Tensor | None, ...]:
     stream, weight = ctx.saved_tensors
+    if dnormed is None:
+        dnormed = torch.zeros_like(stream, dtype=ctx.dtype)
     dx, dbranch, dweight, dbias = torch.ops.zoo.residual_norm_backward(
         stream, weight, dstream, dnormed, *ctx.options, ctx.branch_dtype
     )
