@@ -14,7 +14,7 @@ from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.projections import projections
 from zoo.kernels.short_conv import MAX_WIDTH, short_conv
 from zoo.mixers.base import LayerInfo, head_dim
-from zoo.mixers.recurrent import RecurrentMixer
+from zoo.mixers.recurrent import Pick, ReadoutMixer, everywhere
 
 
 class DeltaNetState(NamedTuple):
@@ -24,7 +24,7 @@ class DeltaNetState(NamedTuple):
     S: Tensor
 
 
-class DeltaNet(RecurrentMixer):
+class DeltaNet(ReadoutMixer):
     """y_t = W_o RMSNorm(S_t^T q_t) w per head (arXiv 2406.06484, eq. 4 and section 3.3).
 
         S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   beta_t = sigmoid(W_b x_t)
@@ -33,7 +33,7 @@ class DeltaNet(RecurrentMixer):
     Projections have no biases. Initialised as in the authors' layer, by torch's defaults for Linear and Conv1d, w = 1.
     """
 
-    class Config(RecurrentMixer.Config):
+    class Config(ReadoutMixer.Config):
         num_heads: int = Field(2, ge=1, description="Heads; the published MQAR runs have two.")
         expand_k: float = Field(1.0, gt=0, description="Key channels, of all heads, per channel of the model.")
         expand_v: float = Field(1.0, gt=0, description="Value channels, of all heads, per channel of the model.")
@@ -66,7 +66,9 @@ class DeltaNet(RecurrentMixer):
             weight.new_zeros(shape, dtype=state_dtype(weight.dtype)),
         )
 
-    def mix(self, x: Tensor, state: DeltaNetState | None, return_state: bool) -> tuple[Tensor, DeltaNetState | None]:
+    def mix(
+        self, x: Tensor, state: DeltaNetState | None, return_state: bool, pick: Pick = everywhere
+    ) -> tuple[Tensor, DeltaNetState | None]:
         cache, S = (None, None) if state is None else state
         qkv, beta, *others = projections(x, *(layer.weight for layer in self.layers()))
         qkv, cache = short_conv(
@@ -74,9 +76,11 @@ class DeltaNet(RecurrentMixer):
         )
         q, k, v = (y.unflatten(-1, (self.config.num_heads, -1)) for y in qkv.split(self.splits, dim=-1))
         q, k = normalize(q, self.key_dim**-0.5), normalize(k)
-        beta = torch.sigmoid(beta) * (2 if self.config.allow_neg_eigval else 1)
+        beta = torch.sigmoid(beta)
+        if self.config.allow_neg_eigval:
+            beta = 2 * beta
         o, S = delta_rule(q, k, v, beta, self.decay(others), initial_state=S, return_state=return_state)
-        y = self.out(self.readout(o, others).flatten(2))
+        y = self.out(self.readout(pick(o), others, pick).flatten(2))
         return y, None if cache is None or S is None else DeltaNetState(cache, S)
 
     def layers(self) -> list[nn.Linear]:
@@ -87,8 +91,8 @@ class DeltaNet(RecurrentMixer):
         """The log decay of each step and head (B, T, H), or None."""
         return None
 
-    def readout(self, o: Tensor, projected: list[Tensor]) -> Tensor:
-        """What was read from the state, o (B, T, H, V), made ready for the output projection."""
+    def readout(self, o: Tensor, projected: list[Tensor], pick: Pick) -> Tensor:
+        """What was read from the state, o (B, Q, H, V), made ready for the output projection."""
         return gated_norm(o, None, self.norm_weight)
 
 

@@ -12,6 +12,7 @@ from zoo.kernels.activation import activation
 from zoo.kernels.gated_norm import gated_norm
 from zoo.mixers.base import LayerInfo
 from zoo.mixers.delta_net import DeltaNet
+from zoo.mixers.recurrent import Pick
 
 
 class GatedDeltaNet(DeltaNet):
@@ -48,5 +49,5 @@ class GatedDeltaNet(DeltaNet):
     def decay(self, projected: list[Tensor]) -> Tensor:
         return -self.A_log.exp() * activation(projected[0], self.dt_bias, "softplus")
 
-    def readout(self, o: Tensor, projected: list[Tensor]) -> Tensor:
-        return gated_norm(o, None if self.gate is None else projected[1].view_as(o), self.norm_weight)
+    def readout(self, o: Tensor, projected: list[Tensor], pick: Pick) -> Tensor:
+        return gated_norm(o, None if self.gate is None else pick(projected[1]).view_as(o), self.norm_weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from zoo.errors import UnsupportedError
+from zoo.kernels.implicit_filter import implicit_filter
 from zoo.kernels.long_conv import long_conv
+from zoo.kernels.projections import projections
 from zoo.kernels.short_conv import MAX_WIDTH, short_conv
 from zoo.mixers.base import LayerInfo
-from zoo.mixers.recurrent import RecurrentMixer
+from zoo.mixers.recurrent import Pick, ReadoutMixer, everywhere
 
 
 class HyenaState(NamedTuple):
@@ -41,7 +44,9 @@ class HyenaFilter(nn.Module):
         delta = -math.log(0.01) * torch.linspace(1 / 1.5, 1 / 0.3, d_model)
         self.register_buffer("positions", torch.cat([t, angle.cos(), -angle.sin()], dim=1), persistent=False)
         self.register_buffer("window", torch.exp(-t * delta), persistent=False)
-        self.hidden = nn.ModuleList([nn.Linear(1 + 2 * bands, width), nn.Linear(width, width), nn.Linear(width, width)])
+        self.hidden: Sequence[nn.Linear] = nn.ModuleList(  # type: ignore[assignment]
+            [nn.Linear(1 + 2 * bands, width), nn.Linear(width, width), nn.Linear(width, width)]
+        )
         self.out = nn.Linear(width, d_model, bias=False)
         self.frequency = nn.Parameter(torch.full((width,), frequency))
         for parameter in self.parameters():
@@ -49,15 +54,14 @@ class HyenaFilter(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """The first `length` taps (D, length)."""
-        h = self.positions[:length]
-        # Autocast would round neighbouring positions to one number.
-        with torch.autocast(h.device.type, enabled=False):
-            for layer in self.hidden:
-                h = torch.sin(self.frequency * layer(h))
-            return (self.out(h) * self.window[:length]).T
+        first, second, third = self.hidden
+        return implicit_filter(
+            self.positions, self.window, first.weight, first.bias, second.weight, second.bias, third.weight, third.bias,
+            self.frequency, self.out.weight, length,
+        )  # fmt: skip
 
 
-class Hyena(RecurrentMixer):
+class Hyena(ReadoutMixer):
     """Hyena of order 2 (arXiv 2302.10866, definition 3.1): two gates, two convolutions.
 
         x1, x2, v = short_conv(W_in u);   y = W_out (x2 * (h conv (x1 * v) + d * x1 * v))
@@ -66,7 +70,7 @@ class Hyena(RecurrentMixer):
     every input of the long convolution. Initialised as in the official code: d normal, torch's defaults elsewhere.
     """
 
-    class Config(RecurrentMixer.Config):
+    class Config(ReadoutMixer.Config):
         conv_width: int = Field(3, ge=1, le=MAX_WIDTH, description="W, taps of the short convolutions.")
         filter_width: int = Field(64, ge=1, description="Hidden units of the filter's MLP.")
         filter_bands: int = Field(
@@ -101,7 +105,9 @@ class Hyena(RecurrentMixer):
             self.skip.new_zeros(batch_size, self.config.conv_width - 1, 3 * D), self.skip.new_zeros(batch_size, 0, D)
         )
 
-    def mix(self, x: Tensor, state: HyenaState | None, return_state: bool) -> tuple[Tensor, HyenaState | None]:
+    def mix(
+        self, x: Tensor, state: HyenaState | None, return_state: bool, pick: Pick = everywhere
+    ) -> tuple[Tensor, HyenaState | None]:
         cache, past = (None, None) if state is None else state
         length = x.shape[1] + (0 if past is None else past.shape[1])
         if length > self.layer.max_seq_len:
@@ -109,12 +115,19 @@ class Hyena(RecurrentMixer):
                 f"hyena: a sequence of {length} tokens, but its filters are {self.layer.max_seq_len} taps long; "
                 f"build it with LayerInfo.max_seq_len of {length} or more."
             )
-        projected, cache = short_conv(
-            self.in_proj(x), self.conv_weight, self.conv_bias, initial_state=cache, return_state=return_state
-        )
-        x1, x2, v = projected.chunk(3, dim=-1)
-        u = x1 * v
-        y = long_conv(u, self.filter(length), self.skip, x2, past=past)
-        if cache is None:
-            return self.out_proj(y), None
-        return self.out_proj(y), HyenaState(cache, u if past is None else torch.cat([past, u], dim=1))
+        inputs = projections(x, *self.in_proj.weight.chunk(3), biases=self.in_proj.bias.chunk(3))
+        weights, biases = self.conv_weight.chunk(3), self.conv_bias.chunk(3)
+        caches = (None, None, None) if cache is None else cache.chunk(3, dim=-1)
+
+        def conv(i: int, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            return short_conv(
+                inputs[i], weights[i], biases[i], gate=gate, initial_state=caches[i], return_state=return_state
+            )
+
+        (x1, cache_1), (x2, cache_2) = conv(0), conv(1)
+        u, cache_3 = conv(2, gate=x1)
+        y = self.out_proj(pick(long_conv(u, self.filter(length), self.skip, x2, past=past)))
+        if cache_1 is None or cache_2 is None or cache_3 is None:
+            return y, None
+        cache = torch.cat([cache_1, cache_2, cache_3], dim=-1)
+        return y, HyenaState(cache, u if past is None else torch.cat([past, u], dim=1))

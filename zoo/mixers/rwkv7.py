@@ -17,7 +17,7 @@ from zoo.kernels.delta_rule import generalized_delta_rule
 from zoo.kernels.rwkv7 import rwkv7_keys, rwkv7_readout
 from zoo.kernels.token_shift import token_shift
 from zoo.mixers.base import LayerInfo
-from zoo.mixers.recurrent import RecurrentMixer
+from zoo.mixers.recurrent import Pick, ReadoutMixer, everywhere
 
 # The decay of a step is at least exp(-exp(-0.5)) = 0.545 (arXiv 2503.14456, eq. 11).
 MIN_DECAY = -math.exp(-0.5)
@@ -30,7 +30,7 @@ class RWKV7State(NamedTuple):
     S: Tensor
 
 
-class RWKV7(RecurrentMixer):
+class RWKV7(ReadoutMixer):
     """Time mixing of RWKV-7, arXiv 2503.14456, eq. 3 to 22; no channel mixing.
 
         x^i_t = x_t + (x_{t-1} - x_t) m_i                                     for i in r, w, k, v, a, g
@@ -47,7 +47,7 @@ class RWKV7(RecurrentMixer):
     but on the matrices r, k, v and W_o.
     """
 
-    class Config(RecurrentMixer.Config):
+    class Config(ReadoutMixer.Config):
         head_dim: int = Field(64, ge=1, description="K, channels of a head: the state is d_model x K, and the shift.")
         decay_rank: int | None = Field(None, ge=1, description="Rank of A_w B_w; None: 2.5 sqrt(d_model), by 32.")
         rate_rank: int | None = Field(None, ge=1, description="Rank of A_a B_a; None: 2.5 sqrt(d_model), by 32.")
@@ -97,13 +97,15 @@ class RWKV7(RecurrentMixer):
             weight.new_zeros(batch_size, self.num_heads, K, K, dtype=state_dtype(weight.dtype)),
         )
 
-    def mix(self, x: Tensor, state: RWKV7State | None, return_state: bool) -> tuple[Tensor, RWKV7State | None]:
+    def mix(
+        self, x: Tensor, state: RWKV7State | None, return_state: bool, pick: Pick = everywhere
+    ) -> tuple[Tensor, RWKV7State | None]:
         previous, S = (None, None) if state is None else state
         r, w, k, v, a, g = token_shift(x, self.shifts, previous=previous)
         decay = F.linear(torch.tanh(F.linear(w, self.decay_down.T)), self.decay_up.T)
         decay = activation(decay, self.decay, "sigmoid", scale=MIN_DECAY)
         rate = F.linear(F.linear(a, self.rate_down.T), self.rate_up.T)
-        gate = F.linear(torch.sigmoid(F.linear(g, self.gate_down.T)), self.gate_up.T)
+        gate = F.linear(torch.sigmoid(F.linear(pick(g), self.gate_down.T)), self.gate_up.T)
         r, k, v, decay, rate, gate = (
             y.unflatten(-1, (self.num_heads, -1))
             for y in (self.receptance(r), self.key(k), self.value(v), decay, rate, gate)
@@ -116,6 +118,7 @@ class RWKV7(RecurrentMixer):
         o, S = generalized_delta_rule(
             r, k, v, a, b, decay, min_decay=MIN_DECAY, initial_state=S, return_state=return_state
         )
+        o, r, k, v = (pick(y) for y in (o, r, k, v))
         y = rwkv7_readout(o, r, k, v, gate, scale, shift, self.bonus, eps=self.norm.eps)
         return self.output(y.flatten(2)), None if S is None else RWKV7State(x[:, -1], S)
 
