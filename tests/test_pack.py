@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from test_train import comparable, trial
 from torch import nn
 from torch.nn import functional as F
 
+import zoo.executors
 import zoo.mixers.attention
 import zoo.train
 from zoo.config import Sweep
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, DeviceLostError
 from zoo.evaluate import load_slices
 from zoo.executors import Job, Setting, execute
 from zoo.fit import mean_loss
@@ -137,6 +139,40 @@ def test_a_pack_that_raises_falls_apart_and_the_guilty_fails_alone(monkeypatch: 
     assert [record.status for record in records] == ["ok", "failed", "ok"]
     assert records[1].failure is not None
     assert records[1].failure.message == "not with this seed"
+
+
+def test_what_a_failed_pack_held_is_free_when_its_halves_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Held:
+        pass
+
+    held: weakref.WeakSet[Held] = weakref.WeakSet()
+    seen = []
+
+    def run(trials: Any, **options: Any) -> Any:
+        seen.append((len(trials), len(held)))
+        here = Held()
+        held.add(here)
+        if len(trials) > 1:
+            raise MemoryError("too many")
+        return run_pack(trials, **options)
+
+    monkeypatch.setattr(zoo.train, "run_pack", run)
+    records = execute(tuple(Job.of(trial(seed=seed)) for seed in range(3)), Setting())
+    assert [record.status for record in records] == ["ok", "ok", "ok"]
+    assert seen == [(3, 0), (1, 0), (2, 0), (1, 0), (1, 0)]
+
+
+def test_a_device_that_is_lost_ends_the_sweep_and_costs_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*args: Any) -> None:
+        raise DeviceLostError("cuda no longer works")
+
+    def run(trials: Any, **options: Any) -> Any:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(zoo.executors, "_release_memory", lost)
+    monkeypatch.setattr(zoo.train, "run_pack", run)
+    with pytest.raises(DeviceLostError):
+        execute((Job.of(trial()),), Setting())
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -30,6 +30,10 @@ class RecordError(ZooError):
     """A stored record cannot be read."""
 
 
+class DeviceLostError(ZooError):
+    """The device no longer answers this process: whatever runs on it next would fail."""
+
+
 class ConformanceError(ZooError):
     """A mixer or task breaks the contract; the message says which part and where."""
 

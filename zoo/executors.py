@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zoo.errors import ConfigError, PluginError, UnsupportedError
+from zoo.errors import ConfigError, DeviceLostError, PluginError, UnsupportedError
 from zoo.record import Epoch, Failure, Outcome, Provenance, Record
 from zoo.registry import load_plugins
 from zoo.rehearse import rehearsing
@@ -86,7 +87,10 @@ OnEpoch = Callable[[Job, Epoch], None]
 def execute(pack: JobPack, setting: Setting, on_epoch: OnEpoch | None = None) -> list[Record]:
     """Run a pack of trials in this process. A trial that raises gives a record too, with its traceback.
 
-    When a pack raises, its trials run again one by one, so that the failure falls on the guilty alone.
+    When a pack raises, its halves run again, so that in the end the failure falls on the guilty alone, and so that
+    they fit where the whole was too large for the device's memory.
+
+    Raises DeviceLostError when the device does not work after the failure; there are no records then.
     """
     import torch
 
@@ -94,7 +98,8 @@ def execute(pack: JobPack, setting: Setting, on_epoch: OnEpoch | None = None) ->
     from zoo.train import run_pack
 
     started, clock = _now(), time.perf_counter()
-    results: Sequence[Outcome | Failure]
+    results: Sequence[Outcome | Failure] = ()
+    failure = None
     try:
         load_plugins(setting.plugins)
         trials = [Trial.model_validate(job.trial) for job in pack]
@@ -108,11 +113,34 @@ def execute(pack: JobPack, setting: Setting, on_epoch: OnEpoch | None = None) ->
         heard = None if on_epoch is None else lambda i, epoch: on_epoch(pack[i], epoch)
         results = run_pack(trials, device=setting.device, threads=setting.threads, on_epoch=heard)
     except (Exception, SystemExit) as error:
+        failure = Failure(error=type(error).__name__, message=str(error), traceback=traceback.format_exc())
+    if failure is not None:
+        # Only here, when the exception is gone: it keeps the frames that it came through, and all that they hold.
+        _release_memory(setting.device, pack[0].label, failure)
         if len(pack) > 1:
-            return [record for job in pack for record in execute((job,), setting, on_epoch)]
-        results = [Failure(error=type(error).__name__, message=str(error), traceback=traceback.format_exc())]
+            halves = pack[: len(pack) // 2], pack[len(pack) // 2 :]
+            return [record for half in halves for record in execute(half, setting, on_epoch)]
+        results = [failure]
     seconds = (time.perf_counter() - clock) / len(pack)
     return [_record(job, setting, r, started, seconds, len(pack)) for job, r in zip(pack, results, strict=True)]
+
+
+def _release_memory(device: str, label: str, failure: Failure) -> None:
+    """Free what a failed pack held on a GPU, and see whether it still works."""
+    import torch
+
+    gc.collect()
+    if not device.startswith("cuda"):
+        return
+    try:
+        torch.cuda.empty_cache()
+        torch.zeros(1, device=device).cpu()
+    except RuntimeError as error:
+        raise DeviceLostError(
+            f"{device} no longer works in this process ({str(error).partition(chr(10))[0]}) since {label} raised "
+            f"{failure.error}: {failure.message.partition(chr(10))[0]}. Run the same command again: it goes on behind "
+            "the trials that have a record; if it ends here again, leave that trial out or run it on a CPU."
+        ) from error
 
 
 def _record(
@@ -314,6 +342,9 @@ def stream(pack: JobPack, setting: Setting) -> Iterator[tuple[int, Epoch | Recor
 
     threading.Thread(target=work, daemon=True).start()
     while (event := events.get()) is not None:
+        if isinstance(event, DeviceLostError):
+            # Ray then starts another worker, and what this one was at is tried again.
+            os._exit(1)
         if isinstance(event, BaseException):
             raise event
         yield event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,15 +43,24 @@ class Replay:
 
     def _record(self) -> torch.cuda.CUDAGraph:
         with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()
+            stream = _rehearsal_stream(self._device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._rehearse()
             torch.cuda.current_stream().wait_stream(stream)
+            if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
+                # What the rehearsal leaves in torch's cache cannot be freed during the recording, which needs as much.
+                torch.cuda.empty_cache()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 self._function()
         return graph
+
+
+@functools.cache
+def _rehearsal_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all, because torch reuses memory within a stream alone."""
+    return torch.cuda.Stream(device)
 
 
 def new_pool(device: torch.device) -> Pool | None:
