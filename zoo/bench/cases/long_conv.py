@@ -45,7 +45,7 @@ def _fft() -> Op:
 
 
 def _configs(shape: Shape) -> dict[str, list[Config]]:
-    tried = ["64 32 4 2", "64 64 4 2", "64 32 4 3", "64 64 4 3", "32 64 4 2", "32 32 2 2", "64 32 2 2", "64 128 8 2"]
+    tried = ["64 64 4 3", "64 128 4 3", "64 128 8 2", "64 128 8 3", "64 256 8 2", "64 64 2 2", "32 64 4 2"]
     configs = [Config(*map(int, c.split())) for c in tried]
     return {"long_conv.forward": configs, "long_conv.backward": configs, "long_conv.pairs_backward": configs}
 

@@ -5,14 +5,19 @@ and does the gating on the way. With p the absolute time of an output and q of a
 
     y_p = sum_q kernel[p - q] u_q       du_q = sum_p kernel[p - q] dy_p       dkernel[l] = sum_p dy_p u_{p-l}
 
-The rows of the products are sequences. For dkernel their sum is taken: the C x C matrices dy_p u_q of all blocks of
-p and q at one distance add up to one, which `diagonals_kernel` sums along its diagonals.
+The rows of the products are sequences. Tiles of a Toeplitz matrix come from shifted copies of the kernel, so that
+whole vectors can be loaded, and with zeros around them nothing need be masked. For dkernel the sum of the rows is
+taken: the C x C matrices dy_p u_q of all blocks of p and q at one distance add up to one, which `diagonals_kernel` sums
+along its diagonals.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# Elements that one instruction loads.
+COPIES = tl.constexpr(8)
 
 
 @triton.jit
@@ -52,16 +57,38 @@ def turn_kernel(
 
 
 @triton.jit
+def taps_kernel(
+    kernel, skip, taps, L, length, offset, kernel_g, kernel_d,
+    D: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_SKIP: tl.constexpr,
+):  # fmt: skip
+    """taps (groups, D, COPIES, length): kernel[y - offset - copy] at y, REVERSE: kernel[offset + copy - y]; else zeros.
+
+    One program a channel and BLOCK taps of all copies. The skip is a part of the first tap.
+    """
+    blocks = tl.cdiv(length, BLOCK)
+    y = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    channel = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    copy = tl.arange(0, COPIES)[:, None]
+    lag = offset + copy - y if REVERSE else y - offset - copy
+    source = kernel + channel // D * kernel_g + channel % D * kernel_d + lag
+    values = tl.load(source, mask=(lag >= 0) & (lag < L), other=0.0)
+    if HAS_SKIP:
+        values = values.to(tl.float32) + tl.where(lag == 0, tl.load(skip + channel).to(tl.float32), 0.0)
+    taps += (channel * COPIES + copy) * length + y
+    tl.store(taps, values.to(taps.dtype.element_ty), mask=y < length)
+
+
+@triton.jit
 def convolve_kernel(
-    x, kernel, skip, out, X, Y, L, past, batch, kernel_g, kernel_d,
+    x, taps, out, X, Y, L, length, offset, past, batch,
     D: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out (groups, batch, D, Y) from x (groups, batch, D, X); one program a channel, ROWS sequences, C times of out.
 
-    Output p is at absolute time past + p. REVERSE: x is the gradient of the outputs and out that of the inputs.
+    Output p is at absolute time past + p. REVERSE: x is the gradient of the outputs and out that of the inputs. A row
+    of a Toeplitz tile is taken from the copy of the taps in which it begins at a multiple of COPIES.
     """
-    dtype = x.dtype.element_ty
     times = tl.cdiv(Y, C)
     row_blocks = tl.cdiv(batch, ROWS)
     start = tl.program_id(0) % times * C
@@ -70,35 +97,25 @@ def convolve_kernel(
     row = rest % row_blocks * ROWS + tl.arange(0, ROWS)
     rest = tl.cast(rest // row_blocks, tl.int64)
     d, group = rest % D, rest // D
-    kernel += group * kernel_g + d * kernel_d
-    sequence = (group * batch + row) * D + d
     i = tl.arange(0, C)
-    out_time = start + i
+    taps += rest * COPIES * length
+    taps += (i % COPIES * length - i // COPIES * COPIES)[:, None] + i[None, :]
+    x += ((group * batch + row) * D + d)[:, None] * X + i[None, :]
     if REVERSE:
-        out_time -= past
-        first = tl.maximum(start - past, 0)
-        last = tl.minimum(start - past + C + L - 1, X)
+        at_start = start - past
+        first = tl.maximum(at_start, 0)
+        last = tl.minimum(at_start + C + L - 1, X)
     else:
-        out_time += past
-        first = tl.maximum(start + past - L + 1, 0)
-        last = tl.minimum(start + past + C, X)
-    first = first // C * C
-    if HAS_SKIP:
-        b_skip = tl.load(skip + group * D + d).to(tl.float32)
+        at_start = start + past
+        first = tl.maximum(at_start - L + 1, 0)
+        last = tl.minimum(at_start + C, X)
     total = tl.zeros((ROWS, C), tl.float32)
-    for at in range(first, last, C):
-        time = at + i
-        inside = (row < batch)[:, None] & (time < X)[None, :]
-        b_x = tl.load(x + sequence[:, None] * X + time[None, :], mask=inside, other=0.0)
-        lag = out_time[None, :] - time[:, None]
-        if REVERSE:
-            lag = -lag
-        toeplitz = tl.load(kernel + lag, mask=(lag >= 0) & (lag < L), other=0.0)
-        if HAS_SKIP:
-            toeplitz = toeplitz.to(tl.float32) + tl.where(lag == 0, b_skip, 0.0)
-        total = tl.dot(b_x, toeplitz.to(dtype), total, input_precision=PRECISION)
-    inside = (row < batch)[:, None] & (start + i < Y)[None, :]
-    tl.store(out + sequence[:, None] * Y + (start + i)[None, :], total.to(out.dtype.element_ty), mask=inside)
+    for at in range(first // C * C, last, C):
+        b_x = tl.load(x + at, mask=(row < batch)[:, None] & (at + i < X)[None, :], other=0.0)
+        toeplitz = tl.load(taps + (at_start - at + offset))
+        total = tl.dot(b_x, toeplitz, total, input_precision=PRECISION)
+    out += ((group * batch + row) * D + d)[:, None] * Y + (start + i)[None, :]
+    tl.store(out, total.to(out.dtype.element_ty), mask=(row < batch)[:, None] & (start + i < Y)[None, :])
 
 
 @triton.jit

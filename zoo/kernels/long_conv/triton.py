@@ -20,6 +20,7 @@ LONGEST = 4096
 # Sequences that the direct form takes the time of at least, however few there are.
 FEWEST_SEQUENCES = 32
 PROGRAMS = 256
+TAPS = 256
 
 
 def long_conv(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, past: Tensor | None) -> Tensor:
@@ -149,17 +150,17 @@ def convolve_config(x: Tensor) -> Config:
     """chunk: times of a block; block: sequences, the rows of the product."""
     if x.dtype == torch.float32:
         return Config(chunk=32, block=32, num_warps=4, num_stages=1)
-    return Config(chunk=64, block=128, num_warps=8, num_stages=2)
+    return Config(chunk=64, block=128, num_warps=8, num_stages=3)
 
 
 def pairs_config(x: Tensor) -> Config:
     if x.dtype == torch.float32:
         return Config(chunk=32, block=32, num_warps=4, num_stages=1)
-    return Config(chunk=64, block=64, num_warps=2, num_stages=2)
+    return Config(chunk=64, block=64, num_warps=4, num_stages=3)
 
 
 def turn_config(x: Tensor) -> Config:
-    return Config(chunk=64, block=32, num_warps=4, num_stages=1)
+    return Config(chunk=64, block=64, num_warps=4, num_stages=1)
 
 
 def _turn(
@@ -188,11 +189,20 @@ def _turn(
 def _convolve(x: Tensor, kernel: Tensor, skip: Tensor | None, out: Tensor, past: int, *, reverse: bool) -> None:
     B, D, Y = out.shape
     kernel = rows(kernel)
-    batch = B // len(kernel)
+    groups, _, L = kernel.shape
+    batch = B // groups
     config = configured("long_conv.backward" if reverse else "long_conv.forward", convolve_config, x)
-    kernels.convolve_kernel[(B // batch * D * triton.cdiv(batch, config.block) * triton.cdiv(Y, config.chunk),)](
-        x, kernel, x if skip is None else skip.contiguous(), out, x.shape[2], Y, kernel.shape[2], past, batch,
-        *kernel.stride()[:2],
-        D=D, ROWS=config.block, C=config.chunk, REVERSE=reverse, HAS_SKIP=skip is not None, PRECISION=precision(x),
+    C = config.chunk
+    # What no tile goes beyond: a tile begins less than C before the first tap, and less than C behind the last.
+    offset = C * triton.cdiv(L + 2 * C if reverse else 2 * C, C)
+    length = offset + (2 * C if reverse else C * triton.cdiv(L + 2 * C, C))
+    taps = x.new_empty(groups, D, kernels.COPIES.value, length)
+    kernels.taps_kernel[(groups * D * triton.cdiv(length, TAPS),)](
+        kernel, kernel if skip is None else skip.contiguous(), taps, L, length, offset, *kernel.stride()[:2],
+        D=D, BLOCK=TAPS, REVERSE=reverse, HAS_SKIP=skip is not None,
+    )  # fmt: skip
+    kernels.convolve_kernel[(groups * D * triton.cdiv(batch, config.block) * triton.cdiv(Y, C),)](
+        x, taps, out, x.shape[2], Y, L, length, offset, past, batch,
+        D=D, ROWS=config.block, C=C, REVERSE=reverse, PRECISION=precision(x),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
