@@ -100,6 +100,18 @@ def test_skip_and_gate():
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_bias_of_the_step(impl):
+    a = arguments(T=20)
+    bias = torch.linspace(-3, 3, 5, dtype=torch.float64, requires_grad=True)
+    y, h = selective_scan(**a, dt_bias=bias, impl=impl)
+    y_given, h_given = selective_scan(**{**a, "dt": torch.logaddexp(a["dt"] + bias, torch.zeros(()))}, impl=impl)
+    torch.testing.assert_close(y, y_given)
+    torch.testing.assert_close(h, h_given)
+    got, expected = (torch.autograd.grad(out.square().sum(), [bias, a["dt"]]) for out in (y, y_given))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
 @pytest.mark.parametrize("form", FORMS)
 def test_segments_equal_the_whole(impl, form):
     a = arguments(T=30, form=form)
@@ -164,6 +176,8 @@ def test_bfloat16_is_summed_in_fp32():
         ({"C": torch.ones(3, 5)}, "C has shape"),
         ({"A": torch.ones(4, 3)}, "A has shape"),
         ({"z": torch.ones(2, 16, 5)}, "z has shape"),
+        ({"dt_bias": torch.ones(4)}, "dt_bias has shape"),
+        ({"dt": torch.ones(5), "dt_bias": torch.ones(5)}, r"dt_bias needs a dt of shape \(B, T, D\)"),
         ({"initial_state": torch.ones(2, 3, 5)}, r"initial_state has shape \(2, 3, 5\); expected \(B, D, N\)"),
         ({"A": torch.ones(5, 0)}, "no axis may be empty"),
         ({"impl": "mystery"}, "no backend 'mystery'"),

@@ -58,10 +58,10 @@ def taylor(K, V):
     return taylor_attention, make
 
 
-def scan(fixed=False, bare=False):
+def scan(fixed=False, bare=False, bias=False):
     def make(seed):
         terms = {"B": "DN", "C": "DN"} if fixed else {"B": "STN", "C": "STN"}
-        extra = {} if bare else {"D": "D", "z": "STD"}
+        extra = ({} if bare else {"D": "D", "z": "STD"}) | ({"dt_bias": "D"} if bias else {})
         a = inputs(1, {"x": "STD", "initial_state": "SDN"} | terms | extra, S=3, D=5, N=3, seed=seed)
         a["dt"] = torch.full((5,) if fixed else (3, 1, 5), 0.3).requires_grad_()
         a["A"] = -torch.arange(1.0, 16.0).view(5, 3).requires_grad_()
@@ -101,6 +101,7 @@ CASES = {
     "taylor 9": taylor(9, 33),
     "scan": scan(),
     "scan fixed": scan(fixed=True, bare=True),
+    "scan bias": scan(bias=True),
     "conv": conv(4),
     "conv bare": conv(2, bias=False, activation=None),
     "wkv": (wkv, average),

@@ -21,6 +21,8 @@ MAMBA = {"x": "BTD", "dt": "BTD", "A": "DN", "B": "BTN", "C": "BTN", "D": "D", "
 # A diagonal SSM whose parameters are the same at each token.
 S4D = MAMBA | {"dt": "D", "B": "DN", "C": "DN"}
 MIXED = MAMBA | {"B": "DN"}
+# dt before its bias and softplus.
+WITH_BIAS = MAMBA | {"dt_bias": "D"}
 
 reference = partial(selective_scan, impl="reference")
 fused = partial(selective_scan, impl="triton")
@@ -31,7 +33,8 @@ def arguments(T, shapes, D=9, N=3, batch=2, seed=0, decay=None, without=()):
     shapes = {name: letters for name, letters in shapes.items() if name not in without}
     a = inputs(T, shapes, B=batch, D=D, N=N, seed=seed)
     with torch.no_grad():
-        a["dt"].copy_(a["dt"].sigmoid() if decay is None else torch.full_like(a["dt"], 0.5))
+        if "dt_bias" not in a:
+            a["dt"].copy_(a["dt"].sigmoid() if decay is None else torch.full_like(a["dt"], 0.5))
         a["A"].copy_(-2 * a["A"].sigmoid() if decay is None else torch.full_like(a["A"], 2 * decay))
     return a
 
@@ -46,6 +49,15 @@ def test_outputs_states_and_gradients(T):
 def test_time_invariant_parameters(shapes, T):
     check_op(reference, fused, arguments(T, shapes), FP32)
     check_op(reference, fused, arguments(T, shapes, without=("D", "z", "initial_state")), FP32)
+
+
+@pytest.mark.parametrize("T", [1, 6])
+def test_bias_of_the_step(T):
+    a = arguments(T, WITH_BIAS)
+    with torch.no_grad():
+        # Steps down to 1e-6, where 1 + e^u is no longer exact, and up.
+        a["dt_bias"].copy_(torch.linspace(-14, 30, 9))
+    check_op(reference, fused, a, FP32)
 
 
 @pytest.mark.parametrize(("D", "N"), [(1, 1), (33, 17), (3, 2)])
@@ -70,11 +82,13 @@ def test_strided_inputs():
 def test_a_sound_custom_op(without):
     a = arguments(2, MAMBA, D=3, N=2, without=without)
     a |= {name: a[name][None].detach().requires_grad_() for name in ("A", "D") if name in a}
-    tensors = [a.get(name) for name in MAMBA]
-    torch.library.opcheck(fused_module._forward, (*tensors, [True] * 3, not without, True))
+    tensors = [a.get(name) for name in [*MAMBA][:-1]]
+    bias = torch.zeros(1, 3, requires_grad=True) if not without else None
+    first = a.get("initial_state")
+    torch.library.opcheck(fused_module._forward, (*tensors, bias, first, [True] * 3, not without, True))
 
 
-@pytest.mark.parametrize("shapes", [MAMBA, S4D], ids=["mamba", "s4d"])
+@pytest.mark.parametrize("shapes", [WITH_BIAS, S4D], ids=["mamba", "s4d"])
 def test_vmap_over_a_pack_of_models(shapes, monkeypatch):
     launches = count_launches(monkeypatch, fused_module.kernels)
     names = [name for name in shapes if name != "initial_state"]
@@ -88,7 +102,7 @@ def test_vmap_over_a_pack_of_models(shapes, monkeypatch):
     packs = [arguments(3, shapes, D=3, N=2, seed=seed) for seed in (0, 1)]
     stacked = [torch.stack([pack[n] for pack in packs]).detach().requires_grad_() for n in names]
     together = gradients(*torch.func.vmap(run)(*stacked), stacked)
-    assert launches == {"forward_kernel": 1, "backward_kernel": 1}
+    assert launches == {"forward_kernel": 1, "backward_kernel": 1, "sum_kernel": 1}
     for i, pack in enumerate(packs):
         alone = [pack[n] for n in names]
         for got, want in zip(together, gradients(*run(*alone), alone), strict=True):

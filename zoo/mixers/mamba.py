@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.kernels.activation import activation
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.projections import projections
 from zoo.kernels.selective_scan import selective_scan
@@ -87,7 +86,7 @@ class Mamba(RecurrentMixer):
         )
         dt, B, C = self.x_proj(x).split(self.splits, dim=-1)
         # As in the official kernel, the step is rounded to half precision, if at all, before its bias and softplus.
-        dt = activation(F.linear(dt, self.dt_proj.weight), self.dt_proj.bias, "softplus")
+        dt, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias
         A = -torch.exp(self.A_log)
-        y, ssm = selective_scan(x, dt, A, B, C, self.D, z, initial_state=ssm, return_state=return_state)
+        y, ssm = selective_scan(x, dt, A, B, C, self.D, z, dt_bias=bias, initial_state=ssm, return_state=return_state)
         return self.out_proj(y), None if cache is None or ssm is None else MambaState(cache, ssm)

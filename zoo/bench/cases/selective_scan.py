@@ -33,7 +33,7 @@ def _least(shape: Shape, wide: int, narrow: int, operations: int) -> Cost:
 
 
 def _configs(shape: Shape) -> dict[str, list[Config]]:
-    tried = ["4 32 1 1", "3 32 1 1", "5 32 1 1", "6 32 1 1", "4 16 1 1", "6 16 1 1"]
+    tried = ["4 32 1 1", "4 64 2 1"]
     return {"selective_scan.forward": [Config(*map(int, c.split())) for c in tried]}
 
 

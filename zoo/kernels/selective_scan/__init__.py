@@ -20,6 +20,7 @@ def selective_scan(
     D: Tensor | None = None,
     z: Tensor | None = None,
     *,
+    dt_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = True,
     impl: str | None = None,
@@ -30,11 +31,12 @@ def selective_scan(
 
     Args:
         x: (B, T, D).
-        dt: (B, T, D), or (D,) for the same step at each token; > 0, after its softplus.
+        dt: (B, T, D), or (D,) for the same step at each token; > 0, after its softplus; or before it, given dt_bias.
         A: (D, N), negative.
         B, C: (B, T, N), or (D, N) for the same at each token.
         D: (D,), the skip.
         z: (B, T, D), the gate.
+        dt_bias: (D,); the step is softplus(dt + dt_bias). None: it is dt.
         initial_state: (B, D, N); None: zeros.
         return_state: False: None is returned for the final state.
         impl: "reference", "chunked", "triton", "step" or "step_triton" (one token), or None to choose.
@@ -48,7 +50,7 @@ def selective_scan(
     Source: Mamba (arXiv 2312.00752), equation 2a with the discretisation of its algorithm 2 (zero-order hold for A,
     Euler for B).
     """
-    sizes = check_shapes("selective_scan", x=(x, "BTD"), A=(A, "DN"), D=(D, "D"), z=(z, "BTD"))
+    sizes = check_shapes("selective_scan", x=(x, "BTD"), A=(A, "DN"), D=(D, "D"), z=(z, "BTD"), dt_bias=(dt_bias, "D"))
     if 0 in sizes.values():
         raise UnsupportedError(f"selective_scan: x is {tuple(x.shape)} and A {tuple(A.shape)}; no axis may be empty.")
     shape = tuple(sizes[axis] for axis in "BTD")
@@ -56,6 +58,8 @@ def selective_scan(
         raise UnsupportedError(
             f"selective_scan: dt has shape {tuple(dt.shape)}; expected (B, T, D) = {shape} or (D,) = {shape[2:]}."
         )
+    if dt_bias is not None and dt.dim() == 1:
+        raise UnsupportedError("selective_scan: dt_bias needs a dt of shape (B, T, D); add it to a dt of shape (D,).")
     for name, tensor in (("B", B), ("C", C)):
         if tuple(tensor.shape) not in ((*shape[:2], sizes["N"]), tuple(A.shape)):
             raise UnsupportedError(
@@ -67,8 +71,8 @@ def selective_scan(
         raise UnsupportedError(
             f"selective_scan: initial_state has shape {tuple(initial_state.shape)}; expected (B, D, N) = {expected}."
         )
-    impl = impl or step_backend(sizes["T"], initial_state, return_state, x, dt, A, B, C, D, z, initial_state)
+    impl = impl or step_backend(sizes["T"], initial_state, return_state, x, dt, A, B, C, D, z, dt_bias, initial_state)
     module = backend(__name__, IMPLS, impl, x.device)
     # Autocast would take products in half precision.
     with full_precision(x):
-        return module.selective_scan(x, dt, A, B, C, D, z, initial_state, return_state)
+        return module.selective_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, return_state)

@@ -22,8 +22,6 @@ from zoo.kernels.backend import state_dtype
 
 CHUNK_ELEMENTS = 1 << 20
 MIN_CHUNK = 8
-# Up to here a sum over states is faster term by term than as one matrix product a token.
-FEW_STATES = 4
 
 
 def _outer(M: Tensor, v_cBD: Tensor, out: Tensor) -> Tensor:
@@ -33,12 +31,6 @@ def _outer(M: Tensor, v_cBD: Tensor, out: Tensor) -> Tensor:
 
 def _over_states(M: Tensor, X_cBND: Tensor) -> Tensor:
     """sum_n M_n X_nd for each step: (c, B, D)."""
-    if X_cBND.shape[2] <= FEW_STATES:
-        (m, x), *others = zip(M[..., None].unbind(-2) if M.dim() == 3 else M.unbind(0), X_cBND.unbind(2), strict=True)
-        y = m * x
-        for m, x in others:
-            y.addcmul_(m, x)
-        return y
     return torch.matmul(M[:, :, None], X_cBND).squeeze(2) if M.dim() == 3 else (M * X_cBND).sum(2)
 
 
@@ -134,12 +126,15 @@ def selective_scan(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     batch, _, channels = x.shape
     dtype = state_dtype(x.dtype)
     u = x.to(dtype)
+    if dt_bias is not None:
+        dt = F.softplus(dt.to(dtype) + dt_bias.to(dtype))
 
     def time_first(M: Tensor) -> Tensor:
         return M.to(dtype).transpose(0, 1).contiguous()

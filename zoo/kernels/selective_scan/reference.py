@@ -17,12 +17,15 @@ def selective_scan(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     batch, T, channels = x.shape
     dtype = state_dtype(x.dtype)
     u, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
+    if dt_bias is not None:
+        dt = F.softplus(dt + dt_bias.to(dtype))
     h = u.new_zeros(batch, channels, A.shape[1]) if initial_state is None else initial_state.to(dtype)
     outputs = []
     for t in range(T):

@@ -17,12 +17,15 @@ def selective_scan(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor]:
     h = check_step("selective_scan", x.shape[1], initial_state)
     dtype = state_dtype(x.dtype)
     u = x[:, 0].to(dtype)
+    if dt_bias is not None:
+        dt = F.softplus(dt.to(dtype) + dt_bias.to(dtype))
     dt_D1 = (dt[:, 0] if dt.dim() == 3 else dt).to(dtype)[..., None]
     B, C = (M.to(dtype) for M in (B, C))
     h = torch.exp(dt_D1 * A.to(dtype)) * h.to(dtype) + dt_D1 * B * u[..., None]

@@ -13,14 +13,14 @@ import triton
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows
-from zoo.kernels.parts import sum_parts
+from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch, rows
 from zoo.kernels.selective_scan import kernels
 
-# Threads of a warp side by side over channels; the others share a channel's states. More make the sums over states
-# cheaper, and those over channels, which only the backward has, dearer.
-FORWARD_LANES, BACKWARD_LANES = 16, 8
+# Steps of a chunk, which the kernels' matrix products are made for.
+CHUNK = 4
 LARGEST_STATE = 256
+# Numbers that a program has on their way at a time as it sums parts.
+LOADED = 2048
 
 
 def selective_scan(
@@ -31,10 +31,11 @@ def selective_scan(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    check_launch("selective_scan", x, dt, A, B, C, D, z)
+    check_launch("selective_scan", x, dt, A, B, C, D, z, dt_bias)
     if A.shape[1] > LARGEST_STATE:
         raise UnsupportedError(
             f"selective_scan: N = {A.shape[1]}; the Triton backend has up to {LARGEST_STATE} states a channel. "
@@ -42,12 +43,12 @@ def selective_scan(
         )
     by_step = [tensor.shape[:2] == x.shape[:2] and tensor.dim() == 3 for tensor in (dt, B, C)]
     dt, B, C = (M if steps else M[None] for M, steps in zip((dt, B, C), by_step, strict=True))
+    D, dt_bias = (None if M is None else M[None] for M in (D, dt_bias))
     if initial_state is not None:
         initial_state = initial_state.float()
     y, last, _ = torch.ops.zoo.selective_scan(
-        x, dt, A[None], B, C, None if D is None else D[None], z, initial_state, by_step, return_state,
-        torch.is_grad_enabled(),
-    )  # fmt: skip
+        x, dt, A[None], B, C, D, z, dt_bias, initial_state, by_step, return_state, torch.is_grad_enabled()
+    )
     return y, last if return_state else None
 
 
@@ -60,6 +61,7 @@ def _forward(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     by_step: list[bool],
     return_state: bool,
@@ -67,17 +69,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state and, to `keep` for the backward, states between chunks: (B, chunks, D, N).
 
-    A, D and, of dt, B and C, those that are not `by_step` have groups as their first axis.
+    A, D, dt_bias and, of dt, B and C, those that are not `by_step` have groups as their first axis.
     """
     batch, T, channels = x.shape
-    config = configured("selective_scan.forward", config_of, A.shape[2], FORWARD_LANES)
-    tensors, strides, options = _prepared(x, dt, A, B, C, D, z, by_step, FORWARD_LANES, config)
+    tensors, strides, options = _prepared(x, dt, A, B, C, D, z, dt_bias, by_step)
+    blocks = triton.cdiv(channels, options["LANES"])
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    last, kept = (
-        torch.empty(shape, dtype=torch.float32, device=x.device) for shape in _state_shapes(x, A, return_state, keep)
-    )
+    last, kept = (torch.empty(shape, dtype=t, device=x.device) for shape, t in _states(x, A, return_state, keep))
     first = x if initial_state is None else initial_state.contiguous()
-    kernels.forward_kernel[(batch * triton.cdiv(channels, config.block),)](
+    kernels.forward_kernel[(batch * blocks,)](
         *tensors, first, y, last, kept, T, batch // len(A), *strides, **options,
         HAS_FIRST=initial_state is not None, HAS_LAST=return_state, KEEP=keep,
     )  # fmt: skip
@@ -93,12 +93,13 @@ def _(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     by_step: list[bool],
     return_state: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    last, kept = (x.new_empty(shape, dtype=torch.float32) for shape in _state_shapes(x, A, return_state, keep))
+    last, kept = (x.new_empty(shape, dtype=dtype) for shape, dtype in _states(x, A, return_state, keep))
     return x.new_empty(x.shape), last, kept
 
 
@@ -111,44 +112,44 @@ def _backward(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     kept: Tensor,
     dy: Tensor,
     dlast: Tensor | None,
     by_step: list[bool],
     has_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of x, dt, A, B, C, D, z and the initial state; those without an input have no elements."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of x, dt, A, B, C, D, z, dt_bias and the initial state; those without an input have no elements."""
     batch, T, channels = x.shape
     groups, _, N = A.shape
-    config = configured("selective_scan.forward", config_of, A.shape[2], BACKWARD_LANES)
-    tensors, strides, options = _prepared(x, dt, A, B, C, D, z, by_step, BACKWARD_LANES, config)
-    blocks = triton.cdiv(channels, config.block)
+    tensors, strides, options = _prepared(x, dt, A, B, C, D, z, dt_bias, by_step)
+    blocks = triton.cdiv(channels, options["LANES"])
     dy = rows(dy)
-    dx, dz = _empty_like(x, x), _empty_like(z, x)
+    dx, dz = empty_like(x, x), empty_like(z, x)
 
     def parts(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
-    dA = parts(batch, channels, N)
-    ddt = _empty_like(dt, x) if by_step[0] else parts(batch, channels)
-    dB, dC = (parts(blocks, batch, T, N) if steps else parts(batch, channels, N) for steps in by_step[1:])
-    dD = _empty_like(None, x) if D is None else parts(batch, channels)
+    # The number of parts is the second axis.
+    sums = {"A": (parts(groups, batch // groups, channels, N), A)}
+    for name, M in (("D", D), ("dt_bias", dt_bias), ("dt", None if by_step[0] else dt)):
+        if M is not None:
+            sums[name] = parts(groups, batch // groups, channels), M
+    for name, M, steps in (("B", B, by_step[1]), ("C", C, by_step[2])):
+        sums[name] = parts(1, blocks, batch, T, N) if steps else parts(groups, batch // groups, channels, N), M
+    ddt = empty_like(dt, x) if by_step[0] else sums["dt"][0]
+    dD, dbias = (sums[name][0] if name in sums else x for name in ("D", "dt_bias"))
     dfirst = parts(batch, channels, N) if has_first else parts(batch, 0)
     kernels.backward_kernel[(batch * blocks,)](
-        *tensors, kept, dy, x if dlast is None else dlast.contiguous(), dx, ddt, dA, dB, dC, dD, dz, dfirst,
-        T, batch // groups, batch * T * N, *strides, dy.stride(0), dy_t=dy.stride(1), **options,
-        HAS_FIRST=has_first, HAS_LAST=dlast is not None,
+        *tensors, kept, dy, x if dlast is None else dlast.contiguous(), dx, ddt, sums["A"][0], sums["B"][0],
+        sums["C"][0], dD, dz, dbias, dfirst, T, batch // groups, batch * T * N, *strides, dy.stride(0),
+        dy_t=dy.stride(1), **options, HAS_FIRST=has_first, HAS_LAST=dlast is not None,
+        PRECISION="tf32" if x.dtype == torch.bfloat16 else "tf32x3",
     )  # fmt: skip
-
-    def over_group(part: Tensor, like: Tensor) -> Tensor:
-        return sum_parts(part.unflatten(0, (groups, -1)), like.dtype)
-
-    ddt = ddt if by_step[0] else over_group(ddt, dt)
-    dB, dC = (
-        sum_parts(part[None], M.dtype).squeeze(0) if steps else over_group(part, M)
-        for part, M, steps in ((dB, B, by_step[1]), (dC, C, by_step[2]))
-    )
-    return dx, ddt, over_group(dA, A), dB, dC, dD if D is None else over_group(dD, D), dz, dfirst
+    done = _sum_parts(sums)
+    dB, dC = (done[name][0] if steps else done[name] for name, steps in (("B", by_step[1]), ("C", by_step[2])))
+    dD, dbias = (done[name] if name in done else empty_like(None, x) for name in ("D", "dt_bias"))
+    return dx, ddt if by_step[0] else done["dt"], done["A"], dB, dC, dD, dz, dbias, dfirst
 
 
 @_backward.register_fake
@@ -160,21 +161,22 @@ def _(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     kept: Tensor,
     dy: Tensor,
     dlast: Tensor | None,
     by_step: list[bool],
     has_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = (x.shape[0], x.shape[2], A.shape[2]) if has_first else (x.shape[0], 0)
-    gradients = [_empty_like(M, x) for M in (x, dt, A, B, C, D, z)]
+    gradients = [empty_like(M, x) for M in (x, dt, A, B, C, D, z, dt_bias)]
     return (*gradients, x.new_empty(shape, dtype=torch.float32))  # type: ignore[return-value]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:7], output[2])
-    ctx.has_first = inputs[7] is not None
-    ctx.by_step, ctx.return_state = inputs[8], inputs[9]
+    ctx.save_for_backward(*inputs[:8], output[2])
+    ctx.has_first = inputs[8] is not None
+    ctx.by_step, ctx.return_state = inputs[9], inputs[10]
     ctx.set_materialize_grads(False)
 
 
@@ -193,14 +195,10 @@ fold_batch(_forward)
 fold_batch(_backward)
 
 
-def config_of(N: int, lanes: int) -> Config:
-    """chunk: steps whose states the backward holds in registers; block: channels. About 16 states a thread.
-
-    Comparisons are all that a symbolic N is put to.
-    """
-    num_warps = 1 if N <= 64 else 4
-    rows = next(rows for rows in (4, 2, 1) if rows == 1 or rows * lanes * N <= 16 * 32 * num_warps)
-    return Config(chunk=4 if N <= 64 else 2, block=lanes * rows, num_warps=num_warps, num_stages=1)
+def config_of(N: int) -> Config:
+    """block: channels of a program. A thread has up to 16 states of one."""
+    num_warps = max(1, triton.next_power_of_2(N) // 16)
+    return Config(CHUNK, block=32, num_warps=num_warps, num_stages=1)
 
 
 def _prepared(
@@ -211,36 +209,51 @@ def _prepared(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     by_step: list[bool],
-    lanes: int,
-    config: Config,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
     """The inputs of both kernels, their strides over batch and time, and options."""
     x = rows(x)
     z = x if z is None else rows(z)
-    dt, B, C = (rows(M) if steps else M.contiguous() for M, steps in zip((dt, B, C), by_step, strict=True))
-    n = triton.next_power_of_2(A.shape[2])
-    threads = min(n, 32 * config.num_warps // lanes)
+    dt = rows(dt) if by_step[0] else dt.contiguous()
+    wide = torch.promote_types(B.dtype, C.dtype)
+    B, C = (rows(M.to(wide)) if steps else M.contiguous() for M, steps in zip((B, C), by_step[1:], strict=True))
+    config = configured("selective_scan.forward", config_of, A.shape[2])
+    n, threads = triton.next_power_of_2(A.shape[2]), 32 * config.num_warps // config.block
     options = {"D": x.shape[2], "N": A.shape[2], "NT": threads}
-    options |= {"NI": min(4, n // threads), "NK": max(1, n // (4 * threads))}
-    options |= {"ROWS": config.block // lanes, "LANES": lanes, "S": config.chunk}
+    options |= {"NI": min(4, n // threads), "NK": max(1, n // (4 * threads)), "LANES": config.block, "S": CHUNK}
+    options["WHOLE"] = x.shape[1] % CHUNK == 0
     options |= {"DT_BY_STEP": by_step[0], "B_BY_STEP": by_step[1], "C_BY_STEP": by_step[2]}
-    options |= {"HAS_SKIP": D is not None, "HAS_GATE": z is not x}
+    options |= {"HAS_SKIP": D is not None, "HAS_GATE": z is not x, "HAS_BIAS": dt_bias is not None}
     strides = tuple(M.stride(0) for M in (x, dt, B, C, z))
     options |= {f"{name}_t": M.stride(1) for name, M in (("x", x), ("dt", dt), ("B", B), ("C", C), ("z", z))}
-    tensors = (x, dt, A.contiguous(), B, C, x if D is None else D.contiguous(), z)
-    return tensors, strides, options | {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    D, dt_bias = (x if M is None else M.contiguous() for M in (D, dt_bias))
+    options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return (x, dt, A.contiguous(), B, C, D, z, dt_bias), strides, options
 
 
-def _state_shapes(x: Tensor, A: Tensor, return_state: bool, keep: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _states(
+    x: Tensor, A: Tensor, return_state: bool, keep: bool
+) -> tuple[tuple[tuple[int, ...], torch.dtype], tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the final state and of those that are kept: the latter take more bytes than all the rest."""
     batch, T, D = x.shape
     N = A.shape[2]
-    chunks = triton.cdiv(T, configured("selective_scan.forward", config_of, A.shape[2], FORWARD_LANES).chunk)
-    return (batch, D, N) if return_state else (batch, 0), (batch, chunks, D, N) if keep else (batch, 0)
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    last, kept = (batch, D, N), (batch, triton.cdiv(T, CHUNK), D, N)
+    return (last if return_state else (batch, 0), torch.float32), (kept if keep else (batch, 0), dtype)
 
 
-def _empty_like(M: Tensor | None, x: Tensor) -> Tensor:
-    """Contiguous memory for the gradient of M; without an M, no elements, but x's batch, as vmap needs it."""
-    if M is None:
-        return x.new_empty(x.shape[0], 0)
-    return torch.empty_like(M, memory_format=torch.contiguous_format)
+def _sum_parts(sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Of each (groups, number, ...) in fp32 the sum over `number` in the dtype of the tensor beside it: one launch."""
+    parts = [part for part, _ in sums.values()]
+    done = [part.new_empty(part[:, 0].shape, dtype=M.dtype) for part, M in sums.values()]
+    numbers, sizes = [part.shape[1] for part in parts], [part[0, 0].numel() for part in parts]
+    loaded_rows = [min(triton.next_power_of_2(number), 64) for number in numbers]
+    ends, end = [], 0
+    for part, size, count in zip(parts, sizes, loaded_rows, strict=True):
+        end += part.shape[0] * triton.cdiv(size, LOADED // count)
+        ends.append(end)
+    kernels.sum_kernel[(end,)](
+        tuple(parts), tuple(done), tuple(numbers), tuple(sizes), tuple(ends), ROWS=tuple(loaded_rows), LOADED=LOADED
+    )
+    return dict(zip(sums, done, strict=True))
