@@ -31,7 +31,7 @@ from zoo.kernels.tiles import LOG2E, load_rows, store_rows
 
 
 @triton.jit
-def to_middle(h: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr, TRANSPOSED: tl.constexpr):
+def to_middle(h, C: tl.constexpr, BEFORE: tl.constexpr, TRANSPOSED: tl.constexpr):
     """1 at (s, u) where the decay of step u lies between step s and the middle of its block of 2h, else 0.
 
     With BEFORE a step of a last half stands before its own decay.
@@ -39,8 +39,7 @@ def to_middle(h: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr, TRANSPOSED
     s = tl.arange(0, C)[None, :] if TRANSPOSED else tl.arange(0, C)[:, None]
     u = tl.arange(0, C)[:, None] if TRANSPOSED else tl.arange(0, C)[None, :]
     since = u < s if BEFORE else u <= s
-    last = (s // h) % 2 == 1
-    return ((s // h == u // h) & ((last & since) | ((s // h) % 2 == 0) & (u > s))).to(tl.float32)
+    return (((s ^ u) < h) & (((s & h) != 0) & since | ((s & h) == 0) & (u > s))).to(tl.float32)
 
 
 @triton.jit
@@ -319,7 +318,7 @@ def gradient_kernel(
         b_dk += now_k * b_q
         dPb = dPb.to(dtype)
         dPk = dPk.to(dtype)
-        for doubling in tl.static_range(HALVINGS):
+        for doubling in range(HALVINGS):
             kept = tl.exp2(tl.dot(to_middle(1 << doubling, C, False, False), b_g, input_precision=PRECISION))
             kept_a = tl.exp2(tl.dot(to_middle(1 << doubling, C, not DELTA, False), b_g, input_precision=PRECISION))
             near_b = (b_b * kept).to(dtype)

@@ -62,11 +62,11 @@ def decay_between(g, since, C: tl.constexpr, dtype: tl.constexpr, TRANSPOSED: tl
 
 
 @triton.jit
-def pairs_of_halves(x, h: tl.constexpr, C: tl.constexpr):
+def pairs_of_halves(x, h, C: tl.constexpr):
     """x (C, C) where row and column are in the last and in the first half of one aligned block of 2h, else 0."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    return tl.where(((i // h) % 2 == 1) & (i // h == j // h + 1), x, tl.zeros_like(x))
+    return tl.where(((i & h) != 0) & (((i ^ j) & (C - h)) == h), x, tl.zeros_like(x))
 
 
 @triton.jit

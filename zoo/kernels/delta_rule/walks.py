@@ -26,12 +26,10 @@ def config(q: Tensor, v: Tensor) -> Config:
     """A warp for every 16 columns of v, which need nothing of each other, or for every 64 of k; in fp32 more, so that
     registers suffice. With four warps and 64 columns come the products that Triton sometimes miscompiles."""
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
-    if q.dtype == torch.float32 and widest > 64:
-        return Config(chunk=16, block=16, num_warps=4, num_stages=1)
-    block = min(padded(v.shape[-1]), 32 if widest <= 128 else 16)
+    block = min(padded(v.shape[-1]), 32 if widest <= 64 else 16)
     num_warps = max(block // 16, widest // 64)
     if q.dtype == torch.float32:
-        return Config(chunk=16, block=block, num_warps=num_warps, num_stages=1)
+        return Config(chunk=16, block=block, num_warps=4 if widest > 64 else num_warps, num_stages=1)
     return Config(chunk=32, block=block, num_warps=num_warps, num_stages=3 if widest <= 64 else 2)
 
 

@@ -98,7 +98,7 @@ def backward(
     channel_kernels.gradient_kernel[(B * H * chunks * triton.cdiv(K, block),)](
         q, k, v, decay, u, do, states, D, dq, dk, dg, du, T, H, group,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *decay.stride(), *u.stride()[:2], *do.stride()[:3],
-        K=K, V=V, BLOCK=block, BLOCK_V=min(padded(V), 64 if q.dtype == torch.float32 else 128), C=C,
+        K=K, V=V, BLOCK=block, BLOCK_V=min(padded(V), 64), C=C,
         HALVINGS=C.bit_length() - 4, BONUS=bonus is not None, PRECISION=precision(q),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -188,8 +188,6 @@ def walk_config(q: Tensor, v: Tensor) -> Config:
 
 def chunks_backward_config(q: Tensor, v: Tensor, C: int) -> Config:
     """In chunks of 64 steps it would take wgmma, which Triton 3.6 miscompiles here: wrong dq, dk and ddecay in bf16."""
-    if q.dtype == torch.float32:
-        return Config(chunk=0, block=32, num_warps=4, num_stages=1)
-    if C == 16:
-        return Config(chunk=0, block=32, num_warps=1 if padded(v.shape[-1]) <= 64 else 4, num_stages=1)
+    if q.dtype == torch.float32 or C == 16:
+        return Config(chunk=0, block=32, num_warps=4 if q.dtype == torch.float32 else 1, num_stages=1)
     return Config(chunk=0, block=64, num_warps=4, num_stages=1)
