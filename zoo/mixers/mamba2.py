@@ -10,15 +10,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
-from zoo.kernels.activation import activation
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.linear_recurrence import linear_recurrence
 from zoo.kernels.projections import projections
-from zoo.kernels.shared_keys import shared_keys
 from zoo.kernels.short_conv import short_conv
+from zoo.kernels.ssd_inputs import ssd_inputs
 from zoo.mixers.base import LayerInfo
-from zoo.mixers.recurrent import RecurrentMixer
+from zoo.mixers.recurrent import Pick, ReadoutMixer, everywhere
 
 
 class Mamba2State(NamedTuple):
@@ -28,7 +27,7 @@ class Mamba2State(NamedTuple):
     ssm: Tensor
 
 
-class Mamba2(RecurrentMixer):
+class Mamba2(ReadoutMixer):
     """The Mamba-2 block around SSD (arXiv 2405.21060, eq. 16 and section 7), D_h a skip connection.
 
         z, xBC, dt = W_in u;   x, B, C = silu(conv(xBC));   dt = softplus(dt + b)
@@ -40,7 +39,7 @@ class Mamba2(RecurrentMixer):
     W_out divided by sqrt(depth).
     """
 
-    class Config(RecurrentMixer.Config):
+    class Config(ReadoutMixer.Config):
         d_state: int = Field(
             128, ge=1, description="N, the state's size per channel; the published MQAR runs: 8 to 24."
         )
@@ -82,24 +81,32 @@ class Mamba2(RecurrentMixer):
             ),
         )
 
-    def mix(self, x: Tensor, state: Mamba2State | None, return_state: bool) -> tuple[Tensor, Mamba2State | None]:
+    def mix(
+        self, x: Tensor, state: Mamba2State | None, return_state: bool, pick: Pick = everywhere
+    ) -> tuple[Tensor, Mamba2State | None]:
         G, N, H = self.config.num_groups, self.config.d_state, self.num_heads
         cache, ssm = (None, None) if state is None else state
-        z, xBC, dt = projections(x, *self.in_proj.weight.split(self.splits))
-        xBC, cache = short_conv(
-            xBC, self.conv_weight, self.conv_bias, "silu", initial_state=cache, return_state=return_state
+        inner, convolved, _ = self.splits
+        sizes = [inner, convolved - inner]
+        z, x, BC, dt = projections(x, *self.in_proj.weight.split([inner, *sizes, H]))
+        taps = zip(self.conv_weight.split(sizes), self.conv_bias.split(sizes), strict=True)
+        caches = (None, None) if cache is None else cache.split(sizes, dim=-1)
+        # Apart, so that their gradients need not be put together.
+        (x, x_cache), (BC, BC_cache) = (
+            short_conv(y, weight, bias, "silu", initial_state=before, return_state=return_state)
+            for y, (weight, bias), before in zip((x, BC), taps, caches, strict=True)
         )
-        x, B, C = xBC.split([self.splits[0], G * N, G * N], dim=-1)
-        x = x.unflatten(-1, (H, -1))
-        dt = activation(dt, self.dt_bias, "softplus")
+        x, (B, C) = x.unflatten(-1, (H, -1)), BC.unflatten(-1, (2, G, N)).unbind(2)
         # The step multiplies B, which has fewer channels than x in all but the largest states.
-        q, k = shared_keys(C.unflatten(-1, (G, N)), B.unflatten(-1, (G, N)), dt)
-        y, ssm = linear_recurrence(q, k, x, -dt * self.A_log.exp(), initial_state=ssm, return_state=return_state)
+        q, k, decay = ssd_inputs(C, B, dt, self.dt_bias, self.A_log)
+        y, ssm = linear_recurrence(q, k, x, decay, initial_state=ssm, return_state=return_state)
         D = self.D[:, None].expand(-1, self.config.head_dim).reshape(G, -1)
-        y, z, x = (t.flatten(2).unflatten(-1, (G, -1)) for t in (y, z, x))
+        y, z, x = (pick(t.flatten(2)).unflatten(-1, (G, -1)) for t in (y, z, x))
         norm = self.norm_weight.view(G, -1)
         y = self.out_proj(gated_norm(y, z, norm, skip=x, skip_weight=D, gate_first=True).flatten(2))
-        return y, None if cache is None or ssm is None else Mamba2State(cache, ssm)
+        if x_cache is None or BC_cache is None or ssm is None:
+            return y, None
+        return y, Mamba2State(torch.cat([x_cache, BC_cache], dim=-1), ssm)
 
 
 def divide(total: int, part: int, what: str, field: str) -> int:

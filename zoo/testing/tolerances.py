@@ -30,7 +30,6 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "mingru": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "projections": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "ssd_inputs": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
-    "shared_keys": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "activation": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "rwkv7": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "token_shift": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},

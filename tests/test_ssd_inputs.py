@@ -1,4 +1,4 @@
-"""shared_keys: the parallel form and the fused kernels against the definition, alone and as a pack."""
+"""ssd_inputs: the parallel form and the fused kernels against the definition, alone and as a pack."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ import torch
 from triton_cases import inputs
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.shared_keys import shared_keys
+from zoo.kernels.ssd_inputs import ssd_inputs
 from zoo.testing.ops import check_op
 from zoo.testing.tolerances import TOLERANCES
 
-FP32 = TOLERANCES["shared_keys"][torch.float32]
-SHAPES = {"C": "BTGN", "B": "BTGN", "dt": "BTH"}
+FP32 = TOLERANCES["ssd_inputs"][torch.float32]
+SHAPES = {"C": "BTGN", "B": "BTGN", "dt": "BTH", "bias": "H", "log_A": "H"}
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
 @pytest.mark.parametrize(("T", "G", "H", "N"), [(9, 1, 4, 16), (17, 2, 6, 5), (1, 1, 1, 1)])
 def test_outputs_and_gradients(impl: str, T: int, G: int, H: int, N: int) -> None:
     a = inputs(T, SHAPES, seed=1, B=2, G=G, H=H, N=N)
-    check_op(*(partial(shared_keys, impl=i) for i in ("reference", impl)), a, FP32)
+    check_op(*(partial(ssd_inputs, impl=i) for i in ("reference", impl)), a, FP32)
 
 
 def test_several_blocks_of_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    fused = pytest.importorskip("zoo.kernels.shared_keys.triton")
+    fused = pytest.importorskip("zoo.kernels.ssd_inputs.triton")
     monkeypatch.setattr(fused, "config_of", lambda B: fused.Config(chunk=1, block=64, num_warps=4, num_stages=1))
 
-    def op(xBC: torch.Tensor, dt: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
-        _, B, C = (y.unflatten(-1, (2, 8)) for y in xBC.split(16, dim=-1))
-        return shared_keys(C, B, dt, impl=impl)
+    monkeypatch.setattr(fused, "SUMMING_PROGRAMS", 4)
 
-    a = inputs(13, {"xBC": "BTD", "dt": "BTH"}, B=2, D=48, H=4)
+    def op(xBC: torch.Tensor, impl: str, **others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        _, B, C = (y.unflatten(-1, (2, 8)) for y in xBC.split(16, dim=-1))
+        return ssd_inputs(C, B, **others, impl=impl)
+
+    a = inputs(13, {"xBC": "BTD", "dt": "BTH", "bias": "H", "log_A": "H"}, B=2, D=48, H=4)
     check_op(*(partial(op, impl=i) for i in ("reference", "triton")), a, FP32)
 
 
@@ -41,19 +43,19 @@ def test_a_pack_is_one_call() -> None:
     a = inputs(5, {name: "P" + letters for name, letters in SHAPES.items()}, P=3, B=2, G=1, H=2, N=8)
 
     def loop(**b: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        each = [shared_keys(*row, impl="reference") for row in zip(*b.values(), strict=True)]
+        each = [ssd_inputs(*row, impl="reference") for row in zip(*b.values(), strict=True)]
         return tuple(torch.stack(column) for column in zip(*each, strict=True))
 
-    pack = lambda **b: torch.func.vmap(partial(shared_keys, impl="triton"))(*b.values())  # noqa: E731
+    pack = lambda **b: torch.func.vmap(partial(ssd_inputs, impl="triton"))(*b.values())  # noqa: E731
     check_op(loop, pack, a, FP32)
 
 
 def test_dtypes_and_what_does_not_fit() -> None:
     a = {name: t.detach() for name, t in inputs(4, SHAPES, B=1, G=2, H=4, N=8).items()}
     for impl in ("reference", "chunked", "triton"):
-        q, k = shared_keys(a["C"].half(), a["B"].bfloat16(), a["dt"], impl=impl)
-        assert (q.dtype, k.dtype) == (torch.float16, torch.bfloat16)
+        results = ssd_inputs(a["C"].half(), a["B"].bfloat16(), a["dt"].half(), a["bias"], a["log_A"], impl=impl)
+        assert [x.dtype for x in results] == [torch.float16, torch.bfloat16, torch.float32]
     with pytest.raises(UnsupportedError, match="dt has shape"):
-        shared_keys(a["C"], a["B"], a["dt"][:, :3])
+        ssd_inputs(**a | {"dt": a["dt"][:, :3]})
     with pytest.raises(UnsupportedError, match="3 heads in 2 groups"):
-        shared_keys(a["C"], a["B"], a["dt"][..., :3])
+        ssd_inputs(**a | {name: a[name][..., :3] for name in ("dt", "bias", "log_A")})
