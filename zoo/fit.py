@@ -68,7 +68,6 @@ class Fit:
         self.index = zeros(1, dtype=torch.int64)
         self.rates = zeros(sum(self.steps), members)
         self.losses = zeros(sum(self.steps), members)
-        self.rate = zeros(members)
         settings = [run.trial.optimizer for run in runs]
         optimizer = Stacked if batched else OneByOne
         self.optimizer: PackOptimizer = optimizer(self.pack, settings, [run.moments for run in runs], runs[0].steps)
@@ -168,9 +167,8 @@ class Fit:
         return learning_rate(run.trial.optimizer, step, sum(self.steps), self.settings.epochs)
 
     def _step(self, s: int) -> None:
-        self.rate.copy_(self.rates.index_select(0, self.index)[0])
         losses = self._gradients(s)
-        self.optimizer.step(self.rate)
+        self.optimizer.step(self.rates.index_select(0, self.index)[0])
         self.losses.index_copy_(0, self.index, losses[None].float())
         self.index += 1
         self.turn[s] += 1
