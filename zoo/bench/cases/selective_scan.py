@@ -34,7 +34,7 @@ def _least(shape: Shape, wide: int, narrow: int, operations: int) -> Cost:
 
 def _configs(shape: Shape) -> dict[str, list[Config]]:
     tried = ["4 32 1 1", "4 64 2 1"]
-    return {"selective_scan.forward": [Config(*map(int, c.split())) for c in tried]}
+    return {f"selective_scan.{way}": [Config(*map(int, c.split())) for c in tried] for way in ("forward", "backward")}
 
 
 register(

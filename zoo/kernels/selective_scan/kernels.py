@@ -11,7 +11,7 @@ With a_t = exp(dt_t A) and G_t = dL/dh_t,
     G_t = a_{t+1} G_{t+1} + C_t dy_t         dA = sum_t dt_t (a_t h_{t-1} G_t)
 
 The forward keeps the state before each chunk of S = 4 steps. The backward makes those within a chunk from it, holds
-them in registers, and walks the chunk back. Most is loaded a chunk ahead of its use, B and C once for all threads.
+them in registers, and walks the chunk back. Both load a chunk ahead of its use, B and C once for all threads.
 """
 
 from __future__ import annotations
@@ -342,13 +342,15 @@ def backward_kernel(
         next_terms = load_terms(P, Q, P_t, Q_t, T - last, N, PADDED, S, WHOLE)
     if B_BY_STEP:
         next_Bs = load_pairs(P, P_t, T - last, N, PADDED, S, WHOLE)
+    next_dys = load_steps(dy, dy_t, d, T - last, D, S, WHOLE)
+    if HAS_GATE:
+        next_zs = load_steps(z, z_t, d, T - last, D, S, WHOLE)
     for chunk in range(chunks):
         start = (chunks - 1 - chunk) * S
         live = T - start
-        dys = load_steps(dy, dy_t, d, live, D, S, WHOLE)
+        xs, dys = next_xs, next_dys
         if HAS_GATE:
-            zs = load_steps(z, z_t, d, live, D, S, WHOLE)
-        xs = next_xs
+            zs = next_zs
         if B_BY_STEP or C_BY_STEP:
             terms = next_terms
         if B_BY_STEP:
@@ -358,6 +360,18 @@ def backward_kernel(
             dts = steps_of(raw, b_bias, live, S, HAS_BIAS, WHOLE)
         states = (next_h.to(tl.float32),)
         decays, us, gated, slopes = (), (), (), ()
+        for i in tl.static_range(S):
+            b_dy = dys[i].to(tl.float32)
+            if HAS_GATE:
+                b_z = zs[i].to(tl.float32)
+                gate = sigmoid(b_z)
+                b_z *= gate
+                slopes = slopes + (b_dy * (gate + b_z - b_z * gate),)  # type: ignore[assignment]  # noqa: RUF005
+                b_dy *= b_z
+            gated = gated + (b_dy,)  # type: ignore[assignment]  # noqa: RUF005
+        if C_BY_STEP:
+            dy_pairs = in_pairs(gated, DTYPE)
+            tile_dC = tl.zeros((2 * PADDED, 8), tl.float32)
         for i in tl.static_range(S):
             if DT_BY_STEP:
                 b_dt = dts[i]
@@ -369,15 +383,6 @@ def backward_kernel(
             states = states + (decay * states[i] + u[:, :, None, None] * b_B,)  # type: ignore[assignment]  # noqa: RUF005
             us = us + (u,)  # type: ignore[assignment]  # noqa: RUF005
             decays = decays + (decay,)  # type: ignore[assignment]  # noqa: RUF005
-        for i in tl.static_range(S):
-            b_dy = dys[i].to(tl.float32)
-            if HAS_GATE:
-                b_z = zs[i].to(tl.float32)
-                gate = sigmoid(b_z)
-                b_z *= gate
-                slopes = slopes + (b_dy * (gate + b_z - b_z * gate),)  # type: ignore[assignment]  # noqa: RUF005
-                b_dy *= b_z
-            gated = gated + (b_dy,)  # type: ignore[assignment]  # noqa: RUF005
         # To the chunk before; from the first one nowhere: what is loaded there again is not used.
         back = tl.where(start > 0, S, 0)
         kept -= back // S * D * N
@@ -391,16 +396,16 @@ def backward_kernel(
         if B_BY_STEP:
             next_Bs = load_pairs(P, P_t, live + back, N, PADDED, S, WHOLE)
         dy -= back * dy_t
-        z -= back * z_t
+        next_dys = load_steps(dy, dy_t, d, live + back, D, S, WHOLE)
+        if HAS_GATE:
+            z -= back * z_t
+            next_zs = load_steps(z, z_t, d, live + back, D, S, WHOLE)
         if DT_BY_STEP:
             dt -= back * dt_t
             next_dts = load_steps(dt, dt_t, d, live + back, D, S, WHOLE)
         if B_BY_STEP:
             u_pairs = in_pairs(us, DTYPE)
             tile_dB = tl.zeros((2 * PADDED, 8), tl.float32)
-        if C_BY_STEP:
-            dy_pairs = in_pairs(gated, DTYPE)
-            tile_dC = tl.zeros((2 * PADDED, 8), tl.float32)
         for i in tl.static_range(S - 1, -1, -1):
             here = storing & channels(d, i, live, D, WHOLE)
             if B_BY_STEP or C_BY_STEP:

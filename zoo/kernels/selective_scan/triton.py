@@ -72,8 +72,9 @@ def _forward(
     A, D, dt_bias and, of dt, B and C, those that are not `by_step` have groups as their first axis.
     """
     batch, T, channels = x.shape
-    tensors, strides, options = _prepared(x, dt, A, B, C, D, z, dt_bias, by_step)
-    blocks = triton.cdiv(channels, options["LANES"])
+    config = configured("selective_scan.forward", config_of, A.shape[2])
+    tensors, strides, options = _prepared(x, dt, A, B, C, D, z, dt_bias, by_step, config)
+    blocks = triton.cdiv(channels, config.block)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     last, kept = (torch.empty(shape, dtype=t, device=x.device) for shape, t in _states(x, A, return_state, keep))
     first = x if initial_state is None else initial_state.contiguous()
@@ -122,8 +123,9 @@ def _backward(
     """Of x, dt, A, B, C, D, z, dt_bias and the initial state; those without an input have no elements."""
     batch, T, channels = x.shape
     groups, _, N = A.shape
-    tensors, strides, options = _prepared(x, dt, A, B, C, D, z, dt_bias, by_step)
-    blocks = triton.cdiv(channels, options["LANES"])
+    config = configured("selective_scan.backward", config_of, N)
+    tensors, strides, options = _prepared(x, dt, A, B, C, D, z, dt_bias, by_step, config)
+    blocks = triton.cdiv(channels, config.block)
     dy = rows(dy)
     dx, dz = empty_like(x, x), empty_like(z, x)
 
@@ -211,6 +213,7 @@ def _prepared(
     z: Tensor | None,
     dt_bias: Tensor | None,
     by_step: list[bool],
+    config: Config,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
     """The inputs of both kernels, their strides over batch and time, and options."""
     x = rows(x)
@@ -218,7 +221,6 @@ def _prepared(
     dt = rows(dt) if by_step[0] else dt.contiguous()
     wide = torch.promote_types(B.dtype, C.dtype)
     B, C = (rows(M.to(wide)) if steps else M.contiguous() for M, steps in zip((B, C), by_step[1:], strict=True))
-    config = configured("selective_scan.forward", config_of, A.shape[2])
     n, threads = triton.next_power_of_2(A.shape[2]), 32 * config.num_warps // config.block
     options = {"D": x.shape[2], "N": A.shape[2], "NT": threads}
     options |= {"NI": min(4, n // threads), "NK": max(1, n // (4 * threads)), "LANES": config.block, "S": CHUNK}
