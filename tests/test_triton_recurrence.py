@@ -16,6 +16,7 @@ from zoo.testing.tolerances import TOLERANCES
 pytest.importorskip("zoo.kernels.linear_recurrence.triton")
 
 from zoo.kernels.launch import INTERPRETED, Config, forced
+from zoo.kernels.linear_recurrence import scalar
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 before triton is imported"),
@@ -112,6 +113,47 @@ def test_a_decay_that_needs_no_gradient(V, kind):
     x = arguments(kind, 34, K=3, V=V)
     x["decay"].requires_grad_(False)
     check(x)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize(("kind", "alone"), [("none", True), ("head", False), ("step", False)])
+def test_one_program_or_two_walk_back(kind, alone, copy, monkeypatch):
+    """With tiles that the GPU copies, which are whole and of 16 bits, and with others."""
+    monkeypatch.setattr(scalar, "walks_alone", lambda q: alone)
+    dtype, T = (torch.float16, 128) if copy else (torch.float32, 34)
+    x = arguments(kind, T, K=32, V=16, dtype=dtype)
+    if kind != "none":
+        x["decay"].requires_grad_(False)
+    assert scalar.copies_tiles(64, x["q"], x["k"], x["v"]) == copy
+    check(x, dtype)
+
+
+def test_gradient_of_a_decay_from_copied_tiles(monkeypatch):
+    """Heads next to each other, and two chunks a program."""
+    monkeypatch.setattr(scalar, "chunks_of_a_program", lambda q, v, chunks: 2)
+    x = arguments("step", 128, H=2, K=32, V=16, dtype=torch.float16)
+    assert scalar.copies_tiles(64, x["q"], x["k"], x["v"])
+    check(x, torch.float16)
+
+
+def test_states_that_were_not_kept(monkeypatch):
+    """Nothing but a decay per head needs them then, and only for its own gradient."""
+    monkeypatch.setattr(scalar, "walks_alone", lambda q: False)
+    x = arguments("head", 34, H=2, K=3)
+    assert torch.ops.zoo.linear_recurrence(x["q"], x["k"], x["v"], x["decay"][None], None, False, True)[2].numel() == 0
+    check(x)
+
+
+def test_rows_that_no_copy_can_have():
+    q = torch.zeros(2, 64, 2, 32, dtype=torch.float16)
+    assert scalar.copies_tiles(64, q, q[..., :16], q[:, :, :1].expand(-1, -1, 2, -1))
+    assert not scalar.copies_tiles(64, q.float())
+    assert not scalar.copies_tiles(128, q)
+    assert not scalar.copies_tiles(64, q[..., :24])
+    assert not scalar.copies_tiles(64, q.new_zeros(q.numel() + 1)[1:].view_as(q))
+    assert not scalar.copies_tiles(64, q.transpose(1, 2).contiguous().transpose(1, 2))
+    assert not scalar.copies_tiles(64, q[:1].expand(2, -1, -1, -1))
+    assert not scalar.copies_tiles(64, q[:1, :1].expand(2, 64, -1, -1))
 
 
 def test_large_heads_without_a_decay():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from zoo.kernels.launch import Config, configured, empty_like, fold_batch, padded, precision, rows
+from zoo.kernels.launch import INTERPRETED, Config, configured, empty_like, fold_batch, padded, precision, rows
 from zoo.kernels.linear_recurrence import scalar_kernels
 
 
@@ -24,12 +26,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, S_T and, for the backward pass, the state before each chunk. decay (B, H) or (B, T, H).
 
-    Without return_state S_T has no elements, without `save` the states have none.
+    Without return_state S_T has no elements; without `save`, or where a backward pass needs none, states has none.
     """
     q, k, v = rows(q), rows(k), rows(v)
     config = configured("linear_recurrence.scalar_forward", forward_config, q, v)
-    o, last, states = _results(q, v, return_state, save)
-    _carry(config, False, q, k, v, decay, initial_state, o, states if save else None, last if return_state else None)
+    o, last, states = _results(q, v, decay, return_state, save)
+    kept = states if states.shape[1] else None
+    _carry(config, False, False, q, k, v, decay, initial_state, o, kept, last if return_state else None)
     return o, last, states
 
 
@@ -43,7 +46,7 @@ def _(
     return_state: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(q, v, return_state, save)
+    return _results(q, v, decay, return_state, save)
 
 
 @torch.library.custom_op("zoo::linear_recurrence_backward", mutates_args=())
@@ -63,27 +66,39 @@ def backward(
     V = v.shape[-1]
     q, k, v, do = rows(q), rows(k), rows(v), rows(do)
     dq, dk, dv, dfirst = (empty_like(x, q) for x in (q, k, v, initial_state))
+    if decay_gradient and not states.shape[1]:
+        # Whether a decay per head needs a gradient is not known as the forward pass is run.
+        states = _empty_states(q, v)
+        config = configured("linear_recurrence.scalar_forward", forward_config, q, v)
+        _carry(config, False, False, q, k, v, decay, initial_state, empty_like(v, q), states, None)
+    C = _chunk(q, v)
     g, g_strides, kind = _kind(decay, q)
-    shared: dict[str, Any] = {"K": K, "V": V, "BLOCK_V": padded(V), "C": _chunk(q, v), "DECAY": kind}
-    shared |= {"HAS_FIRST": initial_state is not None, "HAS_LAST": dlast is not None, "PRECISION": precision(q)}
+    copy = _small(q, v) and copies_tiles(C, q, k, v, do)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g_strides, *do.stride()[:3])
-    if walks_back(q, v, decay_gradient):
+    shared: dict[str, Any] = {"K": K, "V": V, "BLOCK_V": padded(V), "C": C, "DECAY": kind, "COPY": copy}
+    shared |= {"HAS_FIRST": initial_state is not None, "HAS_LAST": dlast is not None, "PRECISION": precision(q)}
+    if not decay_gradient and _small(q, v):
         config = configured("linear_recurrence.scalar_walk_backward", walk_backward_config, q, v)
-        scalar_kernels.backward_kernel[(B * H,)](
-            q, k, v, g, states, do, q if dlast is None else dlast.contiguous(), dq, dk, dv, dfirst, T, H, *strides,
-            **shared, BLOCK_K=padded(K), num_warps=config.num_warps, num_stages=config.num_stages,
+        alone = walks_alone(q)
+        q_, k_, v_, do_, dq_, dk_, dv_ = _tiles(copy, C, (q, K), (k, K), (v, V), (do, V), (dq, K), (dk, K), (dv, V))
+        scalar_kernels.backward_kernel[(B * H * (1 if alone else 2),)](
+            q_, k_, v_, g, q if initial_state is None else initial_state.contiguous(), states, do_,
+            q if dlast is None else dlast.contiguous(), dq_, dk_, dv_, dfirst, T, H, B * H, *strides,
+            **shared, BLOCK_K=padded(K), ALONE=alone, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         return dq, dk, dv, empty_like(None, q), dfirst
     config = configured("linear_recurrence.scalar_carry_backward", carry_backward_config, q, v)
     D = torch.empty_like(states)
-    _carry(config, True, k, q, do, decay, dlast, dv, D, None if initial_state is None else dfirst)
+    _carry(config, True, copy, k, q, do, decay, dlast, dv, D, None if initial_state is None else dfirst)
     config = configured("linear_recurrence.scalar_chunks_backward", chunks_backward_config, q, v)
     block = min(config.block, padded(K))
     blocks = triton.cdiv(K, block)
+    chunks = chunks_of_a_program(q, v, states.shape[2])
     dg = torch.empty(blocks if decay_gradient else 0, B, T, H, dtype=torch.float32, device=q.device)
-    scalar_kernels.gradient_kernel[(B * H * states.shape[2] * blocks,)](
-        q, k, v, g, do, states, D, dq, dk, dg, T, H, B * T * H, *strides,
-        **shared, BLOCK=block, DECAY_GRADIENT=decay_gradient, num_warps=config.num_warps, num_stages=config.num_stages,
+    q_, k_, v_, do_, dq_, dk_ = _tiles(copy, C, (q, block), (k, block), (v, V), (do, V), (dq, block), (dk, block))
+    scalar_kernels.gradient_kernel[(B * H * (states.shape[2] // chunks) * blocks,)](
+        q_, k_, v_, g, do_, states, D, dq_, dk_, dg, T, H, B * T * H, *strides, **shared, BLOCK=block, CHUNKS=chunks,
+        DECAY_GRADIENT=decay_gradient, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if not decay_gradient or decay is None:
         return dq, dk, dv, empty_like(None, q), dfirst
@@ -107,11 +122,17 @@ def _(
     return tuple(empty_like(x, q) for x in wanted)  # type: ignore[return-value]
 
 
-def _results(q: Tensor, v: Tensor, return_state: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _results(
+    q: Tensor, v: Tensor, decay: Tensor | None, return_state: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, _, H, K = q.shape
+    last = q.new_empty((B, H, K, v.shape[-1]) if return_state else (B, 0), dtype=torch.float32)
+    return empty_like(v, q), last, _empty_states(q, v) if save and needs_states(q, v, decay) else q.new_empty(B, 0)
+
+
+def _empty_states(q: Tensor, v: Tensor) -> Tensor:
     B, T, H, K = q.shape
-    V = v.shape[-1]
-    last = q.new_empty((B, H, K, V) if return_state else (B, 0), dtype=torch.float32)
-    return empty_like(v, q), last, q.new_empty((B, H, -(-T // _chunk(q, v)), K, V) if save else (B, 0))
+    return q.new_empty(B, H, -(-T // _chunk(q, v)), K, v.shape[-1])
 
 
 def _chunk(q: Tensor, v: Tensor) -> int:
@@ -120,20 +141,53 @@ def _chunk(q: Tensor, v: Tensor) -> int:
 
 
 def _carry(
-    config: Config, reverse: bool, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, first: Tensor | None,
-    o: Tensor, states: Tensor | None, last: Tensor | None,
+    config: Config, reverse: bool, copy: bool, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None,
+    first: Tensor | None, o: Tensor, states: Tensor | None, last: Tensor | None,
 ) -> None:  # fmt: skip
     B, T, H, K = q.shape
     V = v.shape[-1]
+    C = _chunk(q, v)
     block = min(config.block, padded(V))
     g, g_strides, kind = _kind(decay, q)
+    q_, k_, v_, o_ = _tiles(copy, C, (q, K), (k, K), (v, block), (o, block))
     scalar_kernels.forward_kernel[(B * H * triton.cdiv(V, block),)](
-        q, k, v, g, q if first is None else first.contiguous(), o, q if states is None else states,
+        q_, k_, v_, g, q if first is None else first.contiguous(), o_, q if states is None else states,
         q if last is None else last, T, H, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g_strides,
-        K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=_chunk(q, v), DECAY=kind, REVERSE=reverse,
+        K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=C, DECAY=kind, REVERSE=reverse,
         HAS_FIRST=first is not None, HAS_LAST=last is not None, SAVE=states is not None, PRECISION=precision(q),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        COPY=copy, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def copies_tiles(C: int, *tensors: Tensor) -> bool:
+    """Whether the GPU can copy chunks of them whole: 16 bits, no rest of T or D, rows in order and 16 bytes aligned."""
+    T = tensors[0].shape[1]
+    if not INTERPRETED and torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
+        return False
+    return all(
+        x.element_size() == 2
+        and T % C == 0
+        and x.shape[-1] == padded(x.shape[-1])
+        and x.data_ptr() % 16 == 0
+        and x.stride(1) % 8 == 0
+        and x.stride(1) >= _width(x)
+        and (x.shape[0] == 1 or x.stride(0) == T * x.stride(1))
+        for x in tensors
+    )
+
+
+def _tiles(copy: bool, C: int, *tensors: tuple[Tensor, int]) -> list[Any]:
+    """Each (B, T, H, D) as rows of all its heads, to copy C steps and so many channels; as it is without `copy`."""
+    if not copy:
+        return [x for x, _ in tensors]
+    return [
+        TensorDescriptor(x, [x.shape[0] * x.shape[1], _width(x)], [x.stride(1), 1], [C, channels])
+        for x, channels in tensors
+    ]
+
+
+def _width(x: Tensor) -> int:
+    return (x.shape[2] - 1) * x.stride(2) + x.shape[3]
 
 
 def _kind(decay: Tensor | None, q: Tensor) -> tuple[Tensor, tuple[int, int, int], int]:
@@ -175,14 +229,19 @@ def forward_config(q: Tensor, v: Tensor) -> Config:
     return Config(chunk=64, block=64, num_warps=4, num_stages=3 if _many_heads(q) else 4)
 
 
-def walks_back(q: Tensor, v: Tensor, decay_gradient: bool) -> bool:
-    """Whether one walk makes all gradients: where it has enough programs, or few steps, and its registers suffice."""
-    fits = not decay_gradient and max(padded(q.shape[-1]), padded(v.shape[-1])) <= 64
-    return fits and (_many_heads(q) or q.shape[1] <= 256)
+def needs_states(q: Tensor, v: Tensor, decay: Tensor | None) -> bool:
+    """Whether a backward pass is expected to read the state before each chunk."""
+    return (decay is not None and decay.dim() == 3) or not _small(q, v) or walks_alone(q)
+
+
+def walks_alone(q: Tensor) -> bool:
+    """Whether one walk makes all gradients: where it has enough programs, or few steps."""
+    return _many_heads(q) or q.shape[1] <= 256
 
 
 def walk_backward_config(q: Tensor, v: Tensor) -> Config:
-    return Config(chunk=0, block=0, num_warps=4, num_stages=1 if q.dtype == torch.float32 else 2)
+    stages = 2 if walks_alone(q) else 3
+    return Config(chunk=0, block=0, num_warps=4, num_stages=1 if q.dtype == torch.float32 else stages)
 
 
 def carry_backward_config(q: Tensor, v: Tensor) -> Config:
@@ -192,7 +251,19 @@ def carry_backward_config(q: Tensor, v: Tensor) -> Config:
 
 
 def chunks_backward_config(q: Tensor, v: Tensor) -> Config:
-    return Config(chunk=0, block=64 if padded(v.shape[-1]) <= 128 else 32, num_warps=4, num_stages=1)
+    widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    block = 64 if padded(v.shape[-1]) <= 128 else 32
+    return Config(chunk=0, block=block, num_warps=4, num_stages=2 if widest <= 64 and q.dtype != torch.float32 else 1)
+
+
+def chunks_of_a_program(q: Tensor, v: Tensor, chunks: int) -> int:
+    """More than one, so that the next is loaded meanwhile, where enough programs are left."""
+    several = _small(q, v) and q.dtype != torch.float32 and q.shape[0] * q.shape[2] * chunks >= 1024
+    return math.gcd(chunks, 4) if several else 1
+
+
+def _small(q: Tensor, v: Tensor) -> bool:
+    return max(padded(q.shape[-1]), padded(v.shape[-1])) <= 64
 
 
 def _many_heads(q: Tensor) -> bool:

@@ -10,11 +10,15 @@ behind it by e^{until_s}:
     dk_s = e^{until_s} D v_s    + sum_{t>=s} a(t, s) (do_t.v_s) q_t
     dv_s = e^{until_s} D^T k_s  + sum_{t>=s} a(t, s) (q_t.k_s) do_t
 
-D is the gradient of the state behind the chunk. The forward pass keeps each S, so that one walk back, which carries D,
-has all that the gradients need: `backward_kernel`. That of g_u adds up what goes over step u: pairs s < u <= t of the
-chunk, reads of S at t >= u, writes to D at s < u, and S.D e^{g_1 + ... + g_C}. A walk with all of this runs out of
-registers, so with it `forward_kernel` only carries D back, for dv, and `gradient_kernel` takes each chunk on its own.
-The sums are of fp32 products, and none is a difference of much larger ones: a decay of e^-20 has an exact gradient.
+D is the gradient of the state behind the chunk. o is one `walk`, and so is dq, of do, v and k; dk and dv are found in
+one walk back, which carries D. `backward_kernel` has them in two programs, or all in one that loads each S, which the
+forward pass has kept. The gradient of g_u adds up what goes over step u: pairs s < u <= t of the chunk, reads of S at
+t >= u, writes to D at s < u, and S.D e^{g_1 + ... + g_C}. A walk with all of this runs out of registers, so with it
+`forward_kernel` only carries D back, for dv, and `gradient_kernel` takes each chunk on its own. The sums are of fp32
+products, and none is a difference of much larger ones: a decay of e^-20 has an exact gradient.
+
+COPY: the hardware copies whole tiles of (B T, channels of all heads), which spares most of the registers and
+instructions that addresses and masks take.
 """
 
 from __future__ import annotations
@@ -84,45 +88,61 @@ def decay_of_pairs(
 
 
 @triton.jit
-def forward_kernel(
-    q, k, v, g, first, o, states, last, T, H, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, SAVE: tl.constexpr,
-    PRECISION: tl.constexpr,
+def load_tile(
+    x, b, h, at, T, column, x_b, x_t, x_h, C: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, COPY: tl.constexpr
+):
+    """Steps at, at + 1, ... of one head, its channels column, column + 1, ..."""
+    if COPY:
+        return x.load([(b * T + at).to(tl.int32), (h * x_h + column).to(tl.int32)])
+    else:
+        row = tl.arange(0, C)
+        x += b * x_b + h * x_h + tl.cast(at, tl.int64) * x_t
+        return load_rows(x, row, x_t, at + row < T, column + tl.arange(0, BLOCK), SIZE, BLOCK)
+
+
+@triton.jit
+def store_tile(
+    x, values, b, h, at, T, H, column, C: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, COPY: tl.constexpr
+):
+    if COPY:
+        x.store([(b * T + at).to(tl.int32), (h * SIZE + column).to(tl.int32)], values.to(x.dtype))
+    else:
+        row = tl.arange(0, C)
+        x += ((b * T + at) * H + h) * SIZE
+        store_rows(x, values, row, H * SIZE, at + row < T, column + tl.arange(0, BLOCK), SIZE, BLOCK)
+
+
+@triton.jit
+def walk(
+    q, k, v, g, first, o, states, last, b, h, T, H, column, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    REVERSE: tl.constexpr, TURNED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, SAVE: tl.constexpr,
+    PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence, head and BLOCK columns of v. SAVE keeps the state that each chunk reads.
+    """BLOCK columns of o. SAVE keeps the state that each chunk reads. TURNED: `first` is in memory as (V, K).
 
     REVERSE: backwards from the last chunk, with q and k exchanged and do for v: o is dv, the states are each D.
     """
-    blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
-    head = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    b, h = head // H, head % H
-    q += b * q_b + h * q_h
-    k += b * k_b + h * k_h
-    v += b * v_b + h * v_h
-    g += b * g_b + h * g_h
-    o += (b * T * H + h) * V
-    dtype = q.dtype.element_ty
-    EXACT: tl.constexpr = dtype == tl.float32
+    EXACT: tl.constexpr = PRECISION == "tf32x3"
     row = tl.arange(0, C)
     related = row[:, None] <= row[None, :] if REVERSE else row[:, None] >= row[None, :]
     i = tl.arange(0, BLOCK_K)
-    j = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    j = column + tl.arange(0, BLOCK)
     inside = (i < K)[:, None] & (j < V)[None, :]
     state = i[:, None] * V + j[None, :]
     chunks = tl.cdiv(T, C)
-    states += head * chunks * K * V
     if HAS_FIRST:
-        S = tl.load(first + head * K * V + state, mask=inside, other=0.0).to(tl.float32)
+        at_first = i[:, None] + j[None, :] * K if TURNED else state
+        S = tl.load(first + at_first, mask=inside, other=0.0).to(tl.float32)
     else:
         S = tl.zeros((BLOCK_K, BLOCK), tl.float32)
     for step in range(chunks):
         chunk = chunks - 1 - step if REVERSE else step
-        at = tl.cast(chunk * C, tl.int64)
-        live = chunk * C + row < T
-        b_q = load_rows(q + at * q_t, row, q_t, live, i, K, BLOCK_K)
-        b_k = load_rows(k + at * k_t, row, k_t, live, i, K, BLOCK_K)
-        b_v = load_rows(v + at * v_t, row, v_t, live, j, V, BLOCK)
+        at = chunk * C
+        b_q = load_tile(q, b, h, at, T, 0, q_b, q_t, q_h, C, K, BLOCK_K, COPY)
+        b_k = load_tile(k, b, h, at, T, 0, k_b, k_t, k_h, C, K, BLOCK_K, COPY)
+        b_v = load_tile(v, b, h, at, T, column, v_b, v_t, v_h, C, V, BLOCK, COPY)
+        dtype = b_q.dtype
         read = S.to(dtype)
         if SAVE:
             # Zeros are neither kept nor loaded.
@@ -133,106 +153,140 @@ def forward_kernel(
         if DECAY == NO_DECAY:
             scores = tl.where(related, scores, 0.0)
         else:
-            b_g = g + at * g_t
-            since, until, whole = sums_of_decay(b_g, g_t, T - chunk * C, C, DECAY, EXACT)
-            scores *= decay_of_pairs(b_g, g_t, T - chunk * C, since, C, DECAY, not REVERSE, EXACT)
+            b_g = g + tl.cast(at, tl.int64) * g_t
+            since, until, whole = sums_of_decay(b_g, g_t, T - at, C, DECAY, EXACT)
+            scores *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, not REVERSE, EXACT)
             b_o *= tl.exp2(until if REVERSE else since)[:, None]
         b_o = tl.dot(scores.to(dtype), b_v, b_o, input_precision=PRECISION)
-        store_rows(o + at * H * V, b_o, row, H * V, live, j, V, BLOCK)
+        store_tile(o, b_o, b, h, at, T, H, column, C, V, BLOCK, COPY)
         if DECAY != NO_DECAY:
             b_v = (b_v * tl.exp2(since if REVERSE else until)[:, None]).to(dtype)
             S *= tl.exp2(whole)
         S = tl.dot(tl.trans(b_k), b_v, S, input_precision=PRECISION)
     if HAS_LAST:
-        tl.store(last + head * K * V + state, S, mask=inside)
+        tl.store(last + state, S, mask=inside)
 
 
 @triton.jit
-def backward_kernel(
-    q, k, v, g, states, do, dlast, dq, dk, dv, dfirst, T, H,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, do_b, do_t, do_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+def forward_kernel(
+    q, k, v, g, first, o, states, last, T, H, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, SAVE: tl.constexpr,
+    PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence and head: all gradients but that of the decay."""
-    head = tl.cast(tl.program_id(0), tl.int64)
+    """One program per sequence, head and BLOCK columns of v."""
+    blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
+    head = tl.cast(tl.program_id(0) // blocks, tl.int64)
     b, h = head // H, head % H
-    q += b * q_b + h * q_h
-    k += b * k_b + h * k_h
-    v += b * v_b + h * v_h
-    g += b * g_b + h * g_h
-    do += b * do_b + h * do_h
-    tokens = b * T * H + h
-    dq += tokens * K
-    dk += tokens * K
-    dv += tokens * V
-    dtype = q.dtype.element_ty
-    EXACT: tl.constexpr = dtype == tl.float32
+    state = head * K * V
+    walk(
+        q, k, v, g + b * g_b + h * g_h, first + state, o, states + state * tl.cdiv(T, C), last + state, b, h, T, H,
+        tl.program_id(0) % blocks * BLOCK, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t,
+        K, V, BLOCK_K, BLOCK, C, DECAY, REVERSE, False, HAS_FIRST, HAS_LAST, SAVE, PRECISION, COPY,
+    )  # fmt: skip
+
+
+@triton.jit
+def walk_back(
+    q, k, v, g, states, do, dlast, dq, dk, dv, dfirst, b, h, T, H,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t, do_b, do_t, do_h,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, ALONE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr, COPY: tl.constexpr,
+):  # fmt: skip
+    """dk and dv; ALONE: and dq."""
+    EXACT: tl.constexpr = PRECISION == "tf32x3"
     row = tl.arange(0, C)
-    causal = row[:, None] >= row[None, :]
     i = tl.arange(0, BLOCK_K)
     j = tl.arange(0, BLOCK_V)
     inside = (i < K)[:, None] & (j < V)[None, :]
     state = i[:, None] * V + j[None, :]
     chunks = tl.cdiv(T, C)
-    states += head * chunks * K * V
     if HAS_LAST:
-        D = tl.load(dlast + head * K * V + state, mask=inside, other=0.0).to(tl.float32)
+        D = tl.load(dlast + state, mask=inside, other=0.0).to(tl.float32)
     else:
         D = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     for step in range(chunks):
         chunk = chunks - 1 - step
-        at = tl.cast(chunk * C, tl.int64)
-        live = chunk * C + row < T
-        b_q = load_rows(q + at * q_t, row, q_t, live, i, K, BLOCK_K)
-        b_k = load_rows(k + at * k_t, row, k_t, live, i, K, BLOCK_K)
-        b_v = load_rows(v + at * v_t, row, v_t, live, j, V, BLOCK_V)
-        b_do = load_rows(do + at * do_t, row, do_t, live, j, V, BLOCK_V)
-        held = (i < tl.minimum(chunk + HAS_FIRST, 1) * K)[:, None] & (j < V)[None, :]
-        b_S = tl.load(states + chunk * K * V + state, mask=held, other=0.0)
+        at = chunk * C
+        b_q = load_tile(q, b, h, at, T, 0, q_b, q_t, q_h, C, K, BLOCK_K, COPY)
+        b_k = load_tile(k, b, h, at, T, 0, k_b, k_t, k_h, C, K, BLOCK_K, COPY)
+        b_v = load_tile(v, b, h, at, T, 0, v_b, v_t, v_h, C, V, BLOCK_V, COPY)
+        b_do = load_tile(do, b, h, at, T, 0, do_b, do_t, do_h, C, V, BLOCK_V, COPY)
+        if ALONE:
+            held = (i < tl.minimum(chunk + HAS_FIRST, 1) * K)[:, None] & (j < V)[None, :]
+            b_S = tl.load(states + chunk * K * V + state, mask=held, other=0.0)
+        dtype = b_q.dtype
         written = D.to(dtype)
-        if DECAY == NO_DECAY:
-            a = row[:, None] <= row[None, :]
-        else:
-            b_g = g + at * g_t
-            left = T - chunk * C
-            since, until, whole = sums_of_decay(b_g, g_t, left, C, DECAY, EXACT)
-            a = decay_of_pairs(b_g, g_t, left, since, C, DECAY, False, EXACT)
 
         # A row of these is an s and a column a t.
+        slopes = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        scores = tl.where(a, scores, 0.0) if DECAY == NO_DECAY else scores * a
+        if DECAY == NO_DECAY:
+            slopes = tl.where(row[:, None] <= row[None, :], slopes, 0.0)
+            scores = tl.where(row[:, None] <= row[None, :], scores, 0.0)
+        else:
+            b_g = g + tl.cast(at, tl.int64) * g_t
+            since, until, whole = sums_of_decay(b_g, g_t, T - at, C, DECAY, EXACT)
+            a = decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, False, EXACT)
+            slopes *= a
+            scores *= a
         b_dv = tl.dot(b_k, written, input_precision=PRECISION)
         if DECAY != NO_DECAY:
             b_dv *= tl.exp2(until)[:, None]
         b_dv = tl.dot(scores.to(dtype), b_do, b_dv, input_precision=PRECISION)
-        store_rows(dv + at * H * V, b_dv, row, H * V, live, j, V, BLOCK_V)
-
-        slopes = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        slopes = tl.where(a, slopes, 0.0) if DECAY == NO_DECAY else slopes * a
+        store_tile(dv, b_dv, b, h, at, T, H, 0, C, V, BLOCK_V, COPY)
         b_dk = tl.dot(b_v, tl.trans(written), input_precision=PRECISION)
         if DECAY != NO_DECAY:
             b_dk *= tl.exp2(until)[:, None]
         b_dk = tl.dot(slopes.to(dtype), b_q, b_dk, input_precision=PRECISION)
-        store_rows(dk + at * H * K, b_dk, row, H * K, live, i, K, BLOCK_K)
+        store_tile(dk, b_dk, b, h, at, T, H, 0, C, K, BLOCK_K, COPY)
 
-        slopes = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        if DECAY == NO_DECAY:
-            slopes = tl.where(causal, slopes, 0.0)
-        else:
-            slopes *= decay_of_pairs(b_g, g_t, left, since, C, DECAY, True, EXACT)
-        b_dq = tl.dot(b_do, tl.trans(b_S), input_precision=PRECISION)
-        if DECAY != NO_DECAY:
-            b_dq *= tl.exp2(since)[:, None]
-        b_dq = tl.dot(slopes.to(dtype), b_k, b_dq, input_precision=PRECISION)
-        store_rows(dq + at * H * K, b_dq, row, H * K, live, i, K, BLOCK_K)
+        if ALONE:
+            slopes = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+            b_dq = tl.dot(b_do, tl.trans(b_S), input_precision=PRECISION)
+            if DECAY == NO_DECAY:
+                slopes = tl.where(row[:, None] >= row[None, :], slopes, 0.0)
+            else:
+                slopes *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, True, EXACT)
+                b_dq *= tl.exp2(since)[:, None]
+            b_dq = tl.dot(slopes.to(dtype), b_k, b_dq, input_precision=PRECISION)
+            store_tile(dq, b_dq, b, h, at, T, H, 0, C, K, BLOCK_K, COPY)
 
         if DECAY != NO_DECAY:
             b_q = (b_q * tl.exp2(since)[:, None]).to(dtype)
             D *= tl.exp2(whole)
         D = tl.dot(tl.trans(b_q), b_do, D, input_precision=PRECISION)
     if HAS_FIRST:
-        tl.store(dfirst + head * K * V + state, D, mask=inside)
+        tl.store(dfirst + state, D, mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    q, k, v, g, first, states, do, dlast, dq, dk, dv, dfirst, T, H, heads,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, do_b, do_t, do_h,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, ALONE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr, COPY: tl.constexpr,
+):  # fmt: skip
+    """All gradients but that of the decay, of a sequence and head: one program ALONE, or two, the longer first."""
+    head = tl.cast(tl.program_id(0) % heads, tl.int64)
+    b, h = head // H, head % H
+    g += b * g_b + h * g_h
+    state = head * K * V
+    if tl.program_id(0) < heads:
+        walk_back(
+            q, k, v, g, states + state * tl.cdiv(T, C), do, dlast + state, dq, dk, dv, dfirst + state, b, h, T, H,
+            q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t, do_b, do_t, do_h,
+            K, V, BLOCK_K, BLOCK_V, C, DECAY, ALONE, HAS_FIRST, HAS_LAST, PRECISION, COPY,
+        )  # fmt: skip
+    if not ALONE:  # noqa: SIM102 (known as it is compiled, unlike what follows)
+        if tl.program_id(0) >= heads:
+            walk(
+                do, v, k, g, first + state, dq, states, dlast, b, h, T, H, 0,
+                do_b, do_t, do_h, v_b, v_t, v_h, k_b, k_t, k_h, g_t,
+                V, K, BLOCK_V, BLOCK_K, C, DECAY, False, True, HAS_FIRST, False, False, PRECISION, COPY,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -240,67 +294,68 @@ def gradient_kernel(
     q, k, v, g, do, S, D, dq, dk, dg, T, H, tokens,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, do_b, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, DECAY_GRADIENT: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr, DECAY: tl.constexpr, DECAY_GRADIENT: tl.constexpr, HAS_FIRST: tl.constexpr,
+    HAS_LAST: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence, head, chunk and BLOCK columns of dq and dk, with its part of dg; `tokens` in a part."""
+    """One program per sequence, head, CHUNKS and BLOCK columns of dq and dk, with its part of dg, of `tokens`."""
     blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    EXACT: tl.constexpr = PRECISION == "tf32x3"
     block = tl.program_id(0) % blocks
     chunks = tl.cdiv(T, C)
-    part = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    head, chunk = part // chunks, part % chunks
+    groups = chunks // CHUNKS
+    head = tl.cast(tl.program_id(0) // blocks // groups, tl.int64)
+    begin = tl.program_id(0) // blocks % groups * CHUNKS
     b, h = head // H, head % H
-    at = chunk * C
-    own = (b * T + at) * H + h
-    q += b * q_b + h * q_h + at * q_t
-    k += b * k_b + h * k_h + at * k_t
-    v += b * v_b + h * v_h + at * v_t
-    g += b * g_b + h * g_h + at * g_t
-    do += b * do_b + h * do_h + at * do_t
-    dtype = q.dtype.element_ty
-    EXACT: tl.constexpr = dtype == tl.float32
+    g += b * g_b + h * g_h
+    dg += block * tokens + b * T * H + h
+    column = block * BLOCK
     row = tl.arange(0, C)
-    live = at + row < T
-    i = block * BLOCK + tl.arange(0, BLOCK)
+    i = column + tl.arange(0, BLOCK)
     j = tl.arange(0, BLOCK_V)
-    state = part * K * V + i[:, None] * V + j[None, :]
-    if DECAY != NO_DECAY:
-        since, until, whole = sums_of_decay(g, g_t, T - at, C, DECAY, EXACT)
+    for n in range(CHUNKS):
+        chunk = begin + n
+        at = chunk * C
+        state = (head * chunks + chunk) * K * V + i[:, None] * V + j[None, :]
+        if DECAY != NO_DECAY:
+            b_g = g + tl.cast(at, tl.int64) * g_t
+            since, until, whole = sums_of_decay(b_g, g_t, T - at, C, DECAY, EXACT)
+        b_do = load_tile(do, b, h, at, T, 0, do_b, do_t, do_h, C, V, BLOCK_V, COPY)
+        b_v = load_tile(v, b, h, at, T, 0, v_b, v_t, v_h, C, V, BLOCK_V, COPY)
+        b_k = load_tile(k, b, h, at, T, column, k_b, k_t, k_h, C, K, BLOCK, COPY)
+        b_q = load_tile(q, b, h, at, T, column, q_b, q_t, q_h, C, K, BLOCK, COPY)
+        held = (i < tl.minimum(chunk + HAS_FIRST, 1) * K)[:, None] & (j < V)[None, :]
+        b_S = tl.load(S + state, mask=held, other=0.0)
+        dtype = b_q.dtype
+        b_dq = tl.dot(b_do, tl.trans(b_S), input_precision=PRECISION)
+        slopes = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        if DECAY == NO_DECAY:
+            slopes = tl.where(row[:, None] >= row[None, :], slopes, 0.0)
+        else:
+            b_dq *= tl.exp2(since)[:, None]
+            slopes *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, True, EXACT)
+        if DECAY_GRADIENT:
+            reads = tl.sum(b_q * b_dq, 1)
+        b_dq = tl.dot(slopes.to(dtype), b_k, b_dq, input_precision=PRECISION)
+        store_tile(dq, b_dq, b, h, at, T, H, column, C, K, BLOCK, COPY)
 
-    b_do = load_rows(do, row, do_t, live, j, V, BLOCK_V)
-    b_v = load_rows(v, row, v_t, live, j, V, BLOCK_V)
-    b_k = load_rows(k, row, k_t, live, i, K, BLOCK)
-    b_q = load_rows(q, row, q_t, live, i, K, BLOCK)
-    b_S = tl.load(S + state, mask=(i < tl.minimum(chunk + HAS_FIRST, 1) * K)[:, None] & (j < V)[None, :], other=0.0)
-    b_dq = tl.dot(b_do, tl.trans(b_S), input_precision=PRECISION)
-    slopes = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-    if DECAY == NO_DECAY:
-        slopes = tl.where(row[:, None] >= row[None, :], slopes, 0.0)
-    else:
-        b_dq *= tl.exp2(since)[:, None]
-        slopes *= decay_of_pairs(g, g_t, T - at, since, C, DECAY, True, EXACT)
-    if DECAY_GRADIENT:
-        reads = tl.sum(b_q * b_dq, 1)
-    b_dq = tl.dot(slopes.to(dtype), b_k, b_dq, input_precision=PRECISION)
-    store_rows(dq + own * K, b_dq, row, H * K, live, i, K, BLOCK)
-
-    held = (i < tl.minimum(chunks - 1 - chunk + HAS_LAST, 1) * K)[:, None] & (j < V)[None, :]
-    b_D = tl.load(D + state, mask=held, other=0.0)
-    b_dk = tl.dot(b_v, tl.trans(b_D), input_precision=PRECISION)
-    # A row of these is an s and a column a t.
-    slopes = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-    if DECAY == NO_DECAY:
-        slopes = tl.where(row[:, None] <= row[None, :], slopes, 0.0)
-    else:
-        b_dk *= tl.exp2(until)[:, None]
-        slopes *= decay_of_pairs(g, g_t, T - at, since, C, DECAY, False, EXACT)
-    if DECAY_GRADIENT:
-        later = row[None, :] > row[:, None]
-        writes = tl.sum(b_k * b_dk, 1)
-        pairs = tl.where(later, slopes * tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), 0.0)
-        reads += tl.sum(pairs, 0) - tl.sum(pairs, 1)
-        b_dg = tl.exp2(whole) * tl.sum(b_S.to(tl.float32) * b_D)
-        b_dg += tl.sum(tl.where(later, writes[:, None], reads[:, None]), 0)
-        tl.store(dg + block * tokens + own + row * H, b_dg, mask=live)
-    b_dk = tl.dot(slopes.to(dtype), b_q, b_dk, input_precision=PRECISION)
-    store_rows(dk + own * K, b_dk, row, H * K, live, i, K, BLOCK)
+        held = (i < tl.minimum(chunks - 1 - chunk + HAS_LAST, 1) * K)[:, None] & (j < V)[None, :]
+        b_D = tl.load(D + state, mask=held, other=0.0)
+        b_dk = tl.dot(b_v, tl.trans(b_D), input_precision=PRECISION)
+        # A row of these is an s and a column a t.
+        slopes = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        if DECAY == NO_DECAY:
+            slopes = tl.where(row[:, None] <= row[None, :], slopes, 0.0)
+        else:
+            b_dk *= tl.exp2(until)[:, None]
+            slopes *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, False, EXACT)
+        if DECAY_GRADIENT:
+            writes = tl.cumsum(tl.sum(b_k * b_dk, 1), 0)
+            before = tl.where(row > 0, tl.gather(writes, tl.maximum(row - 1, 0), 0), 0.0)
+            pairs = slopes * tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+            pairs = tl.where(row[:, None] < row[None, :], pairs, 0.0)
+            reads += tl.sum(pairs, 0) - tl.sum(pairs, 1)
+            across = tl.exp2(whole) * tl.sum(b_S.to(tl.float32) * b_D)
+            b_dg = across + before + tl.cumsum(reads, 0, reverse=True)
+            tl.store(dg + (at + row) * H, b_dg, mask=at + row < T)
+        b_dk = tl.dot(slopes.to(dtype), b_q, b_dk, input_precision=PRECISION)
+        store_tile(dk, b_dk, b, h, at, T, H, column, C, K, BLOCK, COPY)
