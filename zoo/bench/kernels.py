@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -26,12 +26,11 @@ _COMPILERS = 24
 
 
 class Job(NamedTuple):
-    """A case to compile: ours, with a config to try for one of its kernels or by rule, or a peer's."""
+    """A case to compile, with a config to try for one of its kernels or by rule."""
 
     case: str
     shape: Shape
     dtype: torch.dtype
-    peer: str | None = None
     kernel: str | None = None
     config: Config | None = None
 
@@ -122,9 +121,7 @@ def command(
             jobs += [Job(case.name, shape, d) for d in dict.fromkeys((torch.bfloat16, *checked))]
             if sweep_configs:
                 tried = case.configs(shape).items()
-                jobs += [Job(case.name, shape, torch.bfloat16, None, k, c) for k, configs in tried for c in configs]
-            elif timed and peers:
-                jobs += [Job(case.name, shape, torch.bfloat16, peer) for peer in case.peers]
+                jobs += [Job(case.name, shape, torch.bfloat16, k, c) for k, configs in tried for c in configs]
     compile_all(jobs)
     rates = {"copy_bytes_per_s": copy_bandwidth(), "matmul_flops_per_s": matmul_rate()}
     click.echo(save_environment(out, environment(make_setting("cuda", torch.get_num_threads(), ())) | rates))
@@ -140,8 +137,10 @@ def command(
                 add_trial(trial)
     elif timed:
         with csv_lines(out / "kernels.csv") as add_timing:
-            for timing in timings(cases, chosen, peers, eager, rates, clock):
-                add_timing(timing)
+            # Peers tune themselves for a minute an op: what needs none of them comes first.
+            for with_peers in (False, True) if peers else (False,):
+                for timing in timings(cases, chosen, with_peers, eager, rates, clock):
+                    add_timing(timing)
     if not clock.left():
         click.echo(f"The budget of {budget_seconds:g} s was spent; what is missing above was not run.")
     if failed:
@@ -156,14 +155,15 @@ def timings(
     rates: dict[str, float],
     clock: Clock,
 ) -> Iterator[Timing]:
-    """Every case and shape, forward and both: ours, each peer, plain torch; a table of them is printed as it grows."""
+    """Every case and shape, forward and both; a table is printed as it grows. Ours, and plain torch or each peer."""
     click.echo(TITLE)
     for case in cases:
-        contenders: dict[str, Callable[[], Op]] = {"zoo": lambda case=case: case.ours}  # type: ignore[misc]
-        if peers:
-            contenders |= case.peers
-        if case.torch is not None:
-            contenders["torch"] = lambda case=case: case.torch  # type: ignore[misc]
+        others: Mapping[str, Callable[[], Op]] = case.peers
+        if not peers:
+            others = {} if case.torch is None else {"torch": lambda case=case: case.torch}  # type: ignore[misc,dict-item]
+        elif not others:
+            continue
+        contenders: dict[str, Callable[[], Op]] = {"zoo": lambda case=case: case.ours, **others}  # type: ignore[misc]
         for shape in shapes or case.shapes:
             lines: dict[tuple[str, str], list[Timing]] = {}
             for who, load in contenders.items():
@@ -288,17 +288,11 @@ def compile_all(jobs: Sequence[Job]) -> None:
     """Compile every kernel that the jobs run, on all cores, into Triton's cache on disk: here one takes seconds."""
     workers = min(_COMPILERS, os.cpu_count() or 1, len(jobs))
     start = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_forget_tuning) as pool:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         refused = [why for why in pool.map(compile_one, jobs) if why]
     click.echo(f"compiled {len(jobs)} cases in {time.monotonic() - start:.0f} s; {len(refused)} refused")
     for why in refused:
         click.echo(f"    {why}")
-
-
-def _forget_tuning() -> None:
-    """flash-linear-attention would keep what it found fastest, and beside other work on the GPU that is chance."""
-    os.environ["FLA_CACHE_RESULTS"] = "0"
 
 
 def compile_one(job: Job) -> str:
@@ -308,7 +302,7 @@ def compile_one(job: Job) -> str:
     inputs = case.inputs(small, Draw("cuda", job.dtype, 0))
 
     def run() -> float:
-        run_op(case.ours if job.peer is None else case.peers[job.peer](), inputs, 0)
+        run_op(case.ours, inputs, 0)
         return 0.0
 
     if job.kernel is None or job.config is None:
@@ -316,9 +310,7 @@ def compile_one(job: Job) -> str:
     else:
         with forced(job.kernel, job.config):
             _, why = attempt(run)
-    # A peer that is not installed or refuses says so where it is timed.
-    asked = (job.peer, job.kernel, job.config)
-    return f"{job.case} {job.shape} {job.dtype} {asked}: {why}" if why and job.peer is None else ""
+    return f"{job.case} {job.shape} {job.dtype} {job.kernel} {job.config}: {why}" if why else ""
 
 
 def parse_shape(text: str) -> Shape:
