@@ -160,7 +160,7 @@ def timings(
     for case in cases:
         others: Mapping[str, Callable[[], Op]] = case.peers
         if not peers:
-            others = {} if case.torch is None else {"torch": lambda case=case: case.torch}  # type: ignore[misc,dict-item]
+            others = {} if case.torch is None else {"torch": lambda case=case: case.torch}  # type: ignore[misc]
         elif not others:
             continue
         contenders: dict[str, Callable[[], Op]] = {"zoo": lambda case=case: case.ours, **others}  # type: ignore[misc]
