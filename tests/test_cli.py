@@ -244,7 +244,7 @@ def test_the_packages_own_run_is_drawn_here(tmp_path, monkeypatch):
     assert run("plot", "reference/based_figure2").stdout.split()[0] == "reference-based_figure2-frontier.png"
     assert run("report", "reference").stdout.strip() == "reference-report.html"
     compared = run("table", "reference/based_figure2", "--overlay", "based_figure2").stdout
-    assert re.search(r"sliding_window  d128 w257 +0\.797 .* 0\.797 +[+-]0\.000 +263,168 +263,680", compared)
+    assert re.search(r"sliding_window +d128 w257 +0\.797 .* 0\.797 +[+-]0\.000 +263,168 +263,680", compared)
     assert "median |difference|" in compared
     none = run("table", "reference/based_figure2", "--overlay", tmp_path / "other.csv")
     assert none.exit_code == 2
