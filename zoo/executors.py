@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from zoo.errors import ConfigError, DeviceLostError, PluginError, UnsupportedError
+from zoo.process import available_cores
 from zoo.record import Epoch, Failure, Outcome, Provenance, Record
 from zoo.registry import load_plugins
 from zoo.rehearse import rehearsing
@@ -282,8 +283,7 @@ def machine_slots(setting: Setting, workers: int | None = None) -> int:
         return workers
     if setting.device == "cuda":
         return torch.cuda.device_count()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // setting.threads)
+    return max(1, available_cores() // setting.threads)
 
 
 def import_ray() -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from zoo.process import no_collection
 
 Pool = Any
 """A handle of memory that graphs share."""
@@ -54,21 +55,10 @@ class Replay:
                 # What the rehearsal leaves in torch's cache cannot be freed during the recording, which needs as much.
                 torch.cuda.empty_cache()
             graph = torch.cuda.CUDAGraph()
-            with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
+            # A graph of an earlier pack that is collected during a recording invalidates it.
+            with no_collection(), torch.cuda.graph(graph, pool=self._pool):
                 self._function()
         return graph
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """A graph of an earlier pack that is collected during a recording invalidates it."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 @functools.cache
@@ -79,6 +69,7 @@ def _rehearsal_stream(device: torch.device) -> torch.cuda.Stream:
 
 def new_pool(device: torch.device) -> Pool | None:
     """Memory for the graphs of a pack, when that of earlier ones, which are in reference cycles, is free."""
-    if device.type == "cuda":
-        gc.collect()
-    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    return torch.cuda.graph_pool_handle()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from zoo.process import available_cores
 from zoo.registry import load_plugins
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ EXAMPLES = 16
 @contextlib.contextmanager
 def rehearsing(packs: Sequence[JobPack], setting: Setting) -> Iterator[None]:
     """While packs run on a GPU, rehearse those after the first, in their order, on the cores that are free."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = min(MOST_PROCESSES, cores - 1, len(packs) - 1) if setting.device.startswith("cuda") else 0
+    processes = min(MOST_PROCESSES, available_cores() - 1, len(packs) - 1) if setting.device.startswith("cuda") else 0
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     children = []
     for i in range(processes):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 
 from zoo import __version__
 from zoo.executors import Setting
+from zoo.process import available_cores
 
 
 @contextmanager
@@ -55,8 +55,7 @@ def hardware(device: str) -> str:
     """`NVIDIA H200`, or for a CPU its number of cores and kind: `2 CPU cores, x86_64`."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{cores} CPU cores, {platform.machine()}"
+    return f"{available_cores()} CPU cores, {platform.machine()}"
 
 
 def save_environment(folder: Path, values: dict[str, Any]) -> str:
