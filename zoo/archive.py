@@ -6,10 +6,8 @@ import lzma
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from zoo.errors import RecordError
-from zoo.record import SCHEMA, Record
+from zoo.record import SCHEMA, Record, parse_record
 
 ARCHIVE = "records.jsonl.xz"
 
@@ -31,12 +29,10 @@ def read_archive(path: Path) -> dict[str, Record]:
     records = {}
     for number, line in enumerate(lines, 1):
         try:
-            record = Record.model_validate_json(line)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "the record"
+            record = parse_record(line)
+        except RecordError as error:
             raise RecordError(
-                f"archive {str(path)!r} cannot be read: line {number}, {place}: {first['msg']}; this zoo reads records "
+                f"archive {str(path)!r} cannot be read: line {number}, {error}; this zoo reads records "
                 f"of schema version {SCHEMA}."
             ) from error
         records[record.key] = record

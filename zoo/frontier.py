@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -151,17 +151,17 @@ def compare(frontier: pd.DataFrame, overlay: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
+    ours = ["family", "label", "accuracy", "low", "high", "n", "state_bytes"]
+    theirs = {"label": "point", "accuracy": "point_accuracy", "bytes": "point_bytes", "uncertainty": "uncertainty"}
+    here = frontier.loc[frontier["status"] == "ok", ours].to_dict("records")
     rows = []
     for point in overlay.to_dict("records"):
         readings = [set(reading.split()) for reading in point["label"].split(" or ")]
-        for row in frontier[frontier["status"] == "ok"].to_dict("records"):
+        there: dict[Hashable, Any] = {name: point[column] for column, name in theirs.items()}
+        for row in here:
             if row["family"] == point["family"] and any(reading <= set(row["label"].split()) for reading in readings):
-                kept = {name: row[name] for name in ("family", "label", "accuracy", "low", "high", "n", "state_bytes")}
-                there = {"point": point["label"], "point_accuracy": point["accuracy"], "point_bytes": point["bytes"]}
-                difference = row["accuracy"] - point["accuracy"]
-                rows.append({**kept, **there, "uncertainty": point["uncertainty"], "difference": difference})
-    columns = ["family", "label", "accuracy", "low", "high", "n", "state_bytes", "point", "point_accuracy"]
-    return pd.DataFrame(rows, columns=[*columns, "point_bytes", "uncertainty", "difference"])
+                rows.append({**row, **there, "difference": row["accuracy"] - point["accuracy"]})
+    return pd.DataFrame(rows, columns=[*ours, *theirs.values(), "difference"])
 
 
 def by_slice(records: Iterable[Record]) -> dict[str, pd.DataFrame]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from zoo.errors import RecordError
 
 SCHEMA = 1
 
@@ -133,6 +136,35 @@ class Record(_Part):
     outcome: Outcome | None
     failure: Failure | None
     provenance: Provenance
+
+
+def parse_record(data: bytes) -> Record:
+    """A record from its JSON. Raises RecordError, which says what is wrong and leaves it to the caller to say where."""
+    try:
+        record = Record.model_validate_json(data)
+    except ValidationError as error:
+        raise RecordError(_what_is_wrong(data, error)) from error
+    if record.schema_version != SCHEMA:
+        raise RecordError(_wrong_schema(record.schema_version))
+    return record
+
+
+def _what_is_wrong(data: bytes, error: ValidationError) -> str:
+    if not data:
+        return "the file is empty"
+    try:
+        content = json.loads(data)
+    except ValueError as syntax:
+        return f"it is not valid JSON ({syntax})"
+    if isinstance(content, dict) and content.get("schema_version", SCHEMA) != SCHEMA:
+        return _wrong_schema(content["schema_version"])
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the record"
+    return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _wrong_schema(version: Any) -> str:
+    return f"it has schema version {version}, this zoo reads {SCHEMA}"
 
 
 def family_name(mixers: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import platform
@@ -13,11 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from zoo.archive import ARCHIVE, pack_records, read_archive
 from zoo.errors import ConfigError, RecordError, UnsupportedError, did_you_mean
-from zoo.record import SCHEMA, MeasuredState, Record, family_name
+from zoo.process import no_collection
+from zoo.record import MeasuredState, Record, family_name, parse_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,31 +97,28 @@ class RunStore:
 
     def keys(self) -> set[str]:
         """The keys of the stored records; no file of records/ is read, so a corrupt one counts."""
-        return {path.stem for path in self.records.glob("*.json")} | set(self._archived())
+        return self._files() | self._archived().keys()
 
     def load(self) -> list[Record]:
         """Every readable record, by key. One that cannot be read is named in a RecordWarning and moved to corrupt/."""
         records = self._archived()
         # Every object stays alive, so collecting garbage meanwhile finds nothing and triples the time.
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
+        with no_collection():
             for path in self.records.glob("*.json"):
                 try:
                     records[path.stem] = _read(path)
                 except RecordError as error:
                     warnings.warn(f"{error} {self._set_aside(path)}", RecordWarning, stacklevel=2)
-        finally:
-            if collecting:
-                gc.enable()
         return [records[key] for key in sorted(records)]
 
     def get(self, key: str) -> Record:
         """The record whose key is, or begins with, `key`. Raises RecordError: none, several, or it cannot be read."""
-        found = sorted(k for k in self.keys() if k.startswith(key))
+        archived = self._archived()
+        keys = self._files() | archived.keys()
+        found = sorted(k for k in keys if k.startswith(key))
         if not found or not key:
             raise RecordError(
-                f"no record of {str(self.path)!r} ({len(self.keys())} records) has the key {key!r}; "
+                f"no record of {str(self.path)!r} ({len(keys)} records) has the key {key!r}; "
                 "`zoo table` lists the keys."
             )
         if len(found) > 1:
@@ -133,7 +128,7 @@ class RunStore:
             )
         path = self.records / f"{found[0]}.json"
         if not path.is_file():
-            return self._archived()[found[0]]
+            return archived[found[0]]
         try:
             return _read(path)
         except RecordError as error:
@@ -153,6 +148,9 @@ class RunStore:
             for path in self.records.glob("*.json"):
                 path.unlink()
         return len(kept)
+
+    def _files(self) -> set[str]:
+        return {path.stem for path in self.records.glob("*.json")}
 
     def _archived(self) -> dict[str, Record]:
         records: dict[str, Record] = {}
@@ -202,34 +200,13 @@ def _archives(folder: Path) -> list[Path]:
 
 def _read(path: Path) -> Record:
     """The record in one file. Raises RecordError that names the file and what is wrong with it."""
-    data = path.read_bytes()
     try:
-        record = Record.model_validate_json(data)
-    except ValidationError as error:
-        raise RecordError(f"record {str(path)!r} cannot be read: {_what_is_wrong(data, error)}.") from error
-    if record.schema_version != SCHEMA:
-        raise RecordError(f"record {str(path)!r} cannot be read: {_wrong_schema(record.schema_version)}.")
+        record = parse_record(path.read_bytes())
+    except RecordError as error:
+        raise RecordError(f"record {str(path)!r} cannot be read: {error}.") from error
     if record.key != path.stem:
         raise RecordError(f"record {str(path)!r} cannot be read: it holds the record of the key {record.key!r}.")
     return record
-
-
-def _what_is_wrong(data: bytes, error: ValidationError) -> str:
-    if not data:
-        return "the file is empty"
-    try:
-        content = json.loads(data)
-    except ValueError as syntax:
-        return f"it is not valid JSON ({syntax})"
-    if isinstance(content, dict) and content.get("schema_version", SCHEMA) != SCHEMA:
-        return _wrong_schema(content["schema_version"])
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"]) or "the record"
-    return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def _wrong_schema(version: Any) -> str:
-    return f"it has schema version {version}, this zoo reads {SCHEMA}"
 
 
 def _write_durably(path: Path, data: bytes) -> None:

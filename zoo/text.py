@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ConfigError
@@ -112,7 +112,7 @@ def frontier_text(records: Sequence[Record]) -> str:
                     row["label"],
                     f"{row['state_bytes']:,}" if ok else "",
                     _fraction(row["accuracy"]),
-                    "" if math.isnan(row["low"]) else f"{row['low']:.3f} .. {row['high']:.3f}",
+                    _interval(row),
                     str(row["n"]),
                     ", ".join(f"{lr:.2g}" for lr in sorted(set(row["lrs"]))),
                     "; ".join(notes),
@@ -138,7 +138,7 @@ def comparison_text(records: Sequence[Record], source: str) -> str:
                 row["family"],
                 row["label"],
                 _fraction(row["accuracy"]),
-                "" if math.isnan(row["low"]) else f"{row['low']:.3f} .. {row['high']:.3f}",
+                _interval(row),
                 _fraction(row["point_accuracy"]),
                 f"{row['difference']:+.3f}",
                 f"{row['state_bytes']:,}",
@@ -150,6 +150,10 @@ def comparison_text(records: Sequence[Record], source: str) -> str:
     for family, part in [*sizes.groupby(frame["family"]), ("all", sizes)]:
         medians.append([str(family), str(len(part)), f"{part.median():.3f}", f"{part.max():.3f}"])
     return f"{aligned(rows, right=(2, 4, 5, 6, 7))}\n\n{aligned(medians, right=(1, 2, 3))}"
+
+
+def _interval(row: Mapping[Any, Any]) -> str:
+    return "" if math.isnan(row["low"]) else f"{row['low']:.3f} .. {row['high']:.3f}"
 
 
 def _fraction(value: float | None) -> str:
