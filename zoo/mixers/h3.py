@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from zoo.errors import ConfigError
 from zoo.kernels.long_conv import long_conv
-from zoo.kernels.outer_product import outer_product, read_product
+from zoo.kernels.outer_conv import outer_conv
 from zoo.kernels.projections import projections
 from zoo.mixers.base import LayerInfo
 from zoo.mixers.recurrent import Pick, ReadoutMixer, everywhere
@@ -66,11 +66,13 @@ class H3(ReadoutMixer):
         shifted = long_conv(k, self.shift, self.shift_D, past=past)
         # The heads stand last, being many where a head has few channels.
         q, shifted, v = (y.unflatten(-1, (K, -1)) for y in (q, shifted, v))
-        kv_BTKKH = outer_product(shifted, v)
+        if diagonal is None and not return_state:
+            y = outer_conv(q, shifted, v, self.diagonal.kernel(x.shape[1]), self.diagonal.D)
+            return self.out_proj(pick(y.flatten(2))), None
+        kv_BTKKH = shifted[:, :, :, None] * v[:, :, None]
         y, diagonal = self.diagonal(kv_BTKKH.flatten(2, 3), diagonal, return_state)
-        y = read_product(pick(q), pick(y.view_as(kv_BTKKH)))
-        y = self.out_proj(y.flatten(2))
-        if diagonal is None:
+        y = self.out_proj(pick((q[:, :, :, None] * y.view_as(kv_BTKKH)).sum(2).flatten(2)))
+        if not return_state:
             return y, None
         kept = self.config.d_state - 1
         keys = F.pad(k, (0, 0, kept, 0)) if past is None else torch.cat([past, k], dim=1)

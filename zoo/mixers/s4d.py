@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.kernels.backend import full_precision
 from zoo.kernels.long_conv import long_conv
 from zoo.kernels.ssm_kernel import ssm_kernel
 from zoo.mixers.base import LayerInfo
@@ -42,7 +43,9 @@ class DiagonalSSM(nn.Module):
 
     def kernel(self, length: int) -> Tensor:
         """What the system answers to a single input: the first `length` taps (H, length), without D."""
-        return ssm_kernel(self.log_dt, self.log_A_real, self.A_imag, self.C, length)
+        # Powers of numbers so close to 1 need fp32.
+        with full_precision(self.C):
+            return ssm_kernel(self.log_dt, self.log_A_real, self.A_imag, self.C, length)
 
     def forward(self, u: Tensor, state: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor | None]:
         """u (B, T, R, H), the state before it -> y (B, T, R, H), the state after it."""

@@ -135,7 +135,7 @@ def pairs_kernel(
     i = tl.arange(0, C)
     total = tl.zeros((C, C), tl.float32)
     # The first block of p that reaches an input.
-    for p in range(tl.maximum(distance * C - past - C + 1, 0) // C * C, Y, C):
+    for p in range(tl.maximum(distance * C - past, 0) // C * C, Y, C):
         q = p + past - distance * C + i
         for step in range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(batch, ROWS))):
             row = step * ROWS + tl.arange(0, ROWS)
@@ -163,7 +163,8 @@ def diagonals_kernel(pairs, dkernel, L, distances, parts, D: tl.constexpr, C: tl
     total = tl.zeros((C, C), tl.float32)
     for part in range(parts):
         total += tl.load(pairs + part * C * C + row * C + column, mask=column >= 0, other=0.0)
-        beyond = pairs + (parts + part) * C * C + row * C + column + C
-        total += tl.load(beyond, mask=column < 0, other=0.0)
+        if block + 1 < distances:
+            beyond = pairs + (parts + part) * C * C + row * C + column + C
+            total += tl.load(beyond, mask=column < 0, other=0.0)
     lag = block * C + tl.arange(0, C)
     tl.store(dkernel + channel * L + lag, tl.sum(total, 0), mask=lag < L)

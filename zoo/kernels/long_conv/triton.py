@@ -37,24 +37,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The last T outputs (B, T, D); with time last, u and, for a gate's gradient, these outputs before the gate."""
     B, seen, D = u.shape
-    turned = u.new_empty(B, D, seen, dtype=u.dtype if _direct(u, kernel) else torch.float32)
+    turned = u.new_empty(B, D, seen, dtype=time_dtype(u, B // len(kernel), seen))
     y = u.new_empty(B, T, D)
     _turn(rows(u), turned, seen, to_time=True)
-    if _direct(u, kernel):
-        ungated = u.new_empty(B, D, T)
-        _convolve(turned, kernel, skip, ungated, seen - T, reverse=False)
-    else:
-        n = triton.next_power_of_2(seen + kernel.shape[2] - 1)
-        product = _grouped(torch.fft.rfft(turned, n=n), kernel) * _spectrum(kernel, skip, n)
-        ungated = torch.fft.irfft(product, n=n)[..., seen - T : seen].flatten(0, 1)
+    ungated = convolved(turned, kernel, skip, T)
     _turn(ungated, y, T, gate=gate)
-    return y, turned, u.new_empty(B, 0, 0) if gate is None else ungated.to(u.dtype).contiguous()
+    return y, turned, u.new_empty(B, 0, 0) if gate is None else ungated.to(u.dtype)
 
 
 @_forward.register_fake
 def _(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, T: int) -> tuple[Tensor, Tensor, Tensor]:
     B, seen, D = u.shape
-    turned = u.new_empty(B, D, seen, dtype=u.dtype if _direct(u, kernel) else torch.float32)
+    turned = u.new_empty(B, D, seen, dtype=time_dtype(u, B // len(kernel), seen))
     return u.new_empty(B, T, D), turned, u.new_empty(B, 0, 0) if gate is None else u.new_empty(B, D, T)
 
 
@@ -64,37 +58,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du, dkernel in fp32, whose first tap is dskip as well, and dgate, without elements if there is no gate."""
     B, D, seen = turned.shape
-    groups, _, L = kernel.shape
     T = dy.shape[1]
     dturned = turned.new_empty(B, D, T)
     dgate = dy.new_empty(B, 0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
     _turn(rows(dy) if gate is None else ungated, dturned, T, gate=gate, dy=dy, dgate=dgate, to_time=True)
     du = dy.new_empty(B, seen, D)
-    if not _direct(du, kernel):
-        n = triton.next_power_of_2(seen + L - 1)
-        spectrum = _grouped(torch.fft.rfft(F.pad(dturned, (seen - T, 0)), n=n), kernel)
-        du_turned = torch.fft.irfft(spectrum * _spectrum(kernel, skip, n).conj(), n=n)[..., :seen].flatten(0, 1)
-        _turn(du_turned, du, seen)
-        product = spectrum * _grouped(torch.fft.rfft(turned, n=n), kernel).conj()
-        return du, torch.fft.irfft(product.sum(1), n=n)[..., :L].contiguous(), dgate
-    du_turned = torch.empty_like(turned)
-    _convolve(dturned, kernel, skip, du_turned, seen - T, reverse=True)
+    du_turned, dkernel = convolved_backward(dturned, turned, kernel, skip)
     _turn(du_turned, du, seen)
-
-    config = configured("long_conv.pairs_backward", pairs_config, turned)
-    C = config.chunk
-    distances = triton.cdiv(L, C) + 1
-    blocks = triton.cdiv(B // groups, config.block)
-    steps = triton.cdiv(blocks, min(blocks, max(1, PROGRAMS // (groups * D * distances))))
-    parts = triton.cdiv(blocks, steps)
-    pairs = torch.empty(groups, D, distances, parts, C, C, dtype=torch.float32, device=dy.device)
-    kernels.pairs_kernel[(groups * D * distances * parts,)](
-        dturned, turned, pairs, T, seen, seen - T, B // groups, distances, parts, steps,
-        D=D, ROWS=config.block, C=C, PRECISION=precision(turned),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    dkernel = torch.empty(groups, D, L, dtype=torch.float32, device=dy.device)
-    kernels.diagonals_kernel[(groups * D * triton.cdiv(L, C),)](pairs, dkernel, L, distances, parts, D=D, C=C)
     return du, dkernel, dgate
 
 
@@ -127,10 +97,57 @@ fold_batch(_forward)
 fold_batch(_backward)
 
 
-def _direct(u: Tensor, kernel: Tensor) -> bool:
+def _direct(batch: int, seen: int) -> bool:
     """Whether a product with a Toeplitz matrix is faster: for short sequences, or longer ones if there are many."""
-    batch, seen = u.shape[0] // kernel.shape[0], u.shape[1]
     return seen <= LONGEST and seen <= 16 * max(batch, FEWEST_SEQUENCES)
+
+
+def time_dtype(u: Tensor, batch: int, seen: int) -> torch.dtype:
+    """Of u with time last, when a kernel has `batch` sequences of `seen` tokens."""
+    return u.dtype if _direct(batch, seen) else torch.float32
+
+
+def convolved(x: Tensor, kernel: Tensor, skip: Tensor | None, T: int) -> Tensor:
+    """x (B, D, seen), kernel (groups, D, L), skip (groups, D) -> the last T outputs (B, D, T)."""
+    B, D, seen = x.shape
+    if _direct(B // len(kernel), seen):
+        y = x.new_empty(B, D, T)
+        _convolve(x, kernel, skip, y, seen - T, reverse=False)
+        return y
+    n = triton.next_power_of_2(seen + kernel.shape[2] - 1)
+    product = _grouped(torch.fft.rfft(x, n=n), kernel) * _spectrum(kernel, skip, n)
+    return torch.fft.irfft(product, n=n)[..., seen - T : seen].flatten(0, 1).contiguous()
+
+
+def convolved_backward(dy: Tensor, x: Tensor, kernel: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor]:
+    """dx, and dkernel in fp32, whose first tap is dskip as well, from dy (B, D, T)."""
+    B, D, seen = x.shape
+    groups, _, L = kernel.shape
+    T = dy.shape[2]
+    if not _direct(B // groups, seen):
+        n = triton.next_power_of_2(seen + L - 1)
+        spectrum = _grouped(torch.fft.rfft(F.pad(dy, (seen - T, 0)), n=n), kernel)
+        dx = torch.fft.irfft(spectrum * _spectrum(kernel, skip, n).conj(), n=n)[..., :seen].flatten(0, 1)
+        product = spectrum * _grouped(torch.fft.rfft(x, n=n), kernel).conj()
+        return dx.contiguous(), torch.fft.irfft(product.sum(1), n=n)[..., :L].contiguous()
+    dx = torch.empty_like(x)
+    _convolve(dy, kernel, skip, dx, seen - T, reverse=True)
+    config = configured("long_conv.pairs_backward", pairs_config, x)
+    C = config.chunk
+    # No output is further from an input, and no tap reaches further.
+    distances = 1 + min(triton.cdiv(L, C), (T - 1) // C + triton.cdiv(seen - T, C))
+    blocks = triton.cdiv(B // groups, config.block)
+    steps = triton.cdiv(blocks, min(blocks, max(1, PROGRAMS // (groups * D * distances))))
+    parts = triton.cdiv(blocks, steps)
+    pairs = torch.empty(groups, D, distances, parts, C, C, dtype=torch.float32, device=dy.device)
+    kernels.pairs_kernel[(groups * D * distances * parts,)](
+        dy, x, pairs, T, seen, seen - T, B // groups, distances, parts, steps,
+        D=D, ROWS=config.block, C=C, PRECISION=precision(x),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    dkernel = torch.empty(groups, D, L, dtype=torch.float32, device=dy.device)
+    kernels.diagonals_kernel[(groups * D * triton.cdiv(L, C),)](pairs, dkernel, L, distances, parts, D=D, C=C)
+    return dx, dkernel
 
 
 def _grouped(x: Tensor, kernel: Tensor) -> Tensor:
