@@ -12,6 +12,7 @@ from sweep_cases import plugin, sweep  # noqa: F401
 import zoo.config
 from zoo.config import Sweep, Trial
 from zoo.errors import ConfigError, UnknownNameError
+from zoo.registry import load_plugins
 from zoo.train import validate
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -119,6 +120,8 @@ def test_validation_data_are_the_test_mixture_unless_given():
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_grid_that_comes_with_the_suite_loads(path):
+    beside = path.with_suffix(".py")
+    load_plugins([str(beside)] if beside.exists() else [])
     trials = Sweep.load(path).trials
     assert len(trials) >= 16
     assert all(Trial.model_validate(t.model_dump(mode="json")) == t for t in trials[:: len(trials) // 8])

@@ -79,10 +79,17 @@ def trial_of(mixer: dict, task: dict, **training: object):
 # One file.
 
 
-def test_the_example_file_keeps_the_contract():
-    for config in ({}, {"expand": 2}):
-        checks = check_mixer(f"{EXPERIMENTS / 'my_mixer.py'}:MinimalGRU", config)
-        assert all(c.passed for c in checks), render(checks)
+@pytest.mark.parametrize(
+    ("mixer", "config"),
+    [
+        ("my_mixer.py:MinimalGRU", {}),
+        ("my_mixer.py:MinimalGRU", {"expand": 2}),
+        ("published_hyena.py:PublishedHyena", {}),
+    ],
+)
+def test_the_files_among_the_experiments_keep_the_contract(mixer, config):
+    checks = check_mixer(f"{EXPERIMENTS}/{mixer}", config)
+    assert all(c.passed for c in checks), render(checks)
 
 
 def test_a_file_registers_its_mixer_and_a_trial_runs_with_it(tmp_path):
