@@ -147,6 +147,26 @@ def test_initialisation_is_gpt2s():
     assert not mixer.out.bias.any()
 
 
+@pytest.mark.parametrize("groups", [4, 2])
+def test_a_mimetic_start_matches_tokens_with_their_like_and_takes_away_what_is_there(groups):
+    mixer = build(Attention, d_model=256, noise=0.0, num_heads=4, num_kv_heads=groups, init="mimetic")
+    q, k, v = mixer.qkv.weight.unflatten(0, (-1, 64)).split([4, groups, groups])
+    assert q.std().item() == pytest.approx((0.4 / 64) ** 0.5, rel=0.02)
+    assert v.std().item() == pytest.approx(0.02, rel=0.02)
+    for head, out in enumerate(mixer.out.weight.split(64, dim=1)):
+        assert torch.equal(out, -v[head * groups // 4].T)
+    for group in range(groups):
+        assert torch.equal(k[group], q[group * 4 // groups])
+
+
+def test_the_published_start_is_not_in_a_trials_key():
+    for cls in (Attention, SlidingWindow):
+        assert "init" not in cls.Config().model_dump()
+        mimetic = cls.Config(init="mimetic", num_heads=2)
+        assert cls.Config.model_validate(mimetic.model_dump(mode="json")) == mimetic
+        assert cls.Config.model_validate(cls.Config(num_heads=2).model_dump(mode="json")).init == "gpt2"
+
+
 def test_what_does_not_fit_is_named():
     with pytest.raises(ConfigError, match="d_model 24 is not divisible by num_heads 5"):
         build(Attention, num_heads=5)

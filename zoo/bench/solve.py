@@ -27,10 +27,16 @@ def _mixture(examples: int) -> dict[str, Any]:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    # The peer's basic example but for its dropout of .1, which a model here does not have.
+    # The peer's basic example, but without dropout, which a model here does not have, and with attention's other start.
     "basic": {
         "data": _mixture(10_000),
-        "model": {"d_model": 64, "layers": ["attention"], "depth": 2, "mlp": {"expand": 4}, "positions": "learned"},
+        "model": {
+            "d_model": 64,
+            "layers": [{"mixer": "attention", "init": "mimetic"}],
+            "depth": 2,
+            "mlp": {"expand": 4},
+            "positions": "learned",
+        },
         "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "schedule": "cosine_per_epoch", "clip": None},
         "training": {"epochs": 100, "batch_size": 64, "stop_accuracy": GOAL},
     },
