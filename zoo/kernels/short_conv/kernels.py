@@ -1,9 +1,15 @@
-"""A program walks ROWS chunks of C tokens side by side, the last W inputs of each in registers."""
+"""A program walks ROWS chunks of C tokens side by side, the last inputs of each in registers."""
+
+# Tuples grow by sums, because Triton has no star, and so change their type.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from zoo.kernels.tiles import LOG2E
 
 
 @triton.jit
@@ -44,7 +50,7 @@ def load_taps(weight, d, D: tl.constexpr, W: tl.constexpr):
     """What x_{t-W+1}, ..., x_t are multiplied by."""
     taps = (tl.load(weight + d * W, mask=d < D, other=0.0).to(tl.float32)[None, :],)
     for j in tl.static_range(1, W):
-        taps = taps + (tl.load(weight + d * W + j, mask=d < D, other=0.0).to(tl.float32)[None, :],)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no star
+        taps = taps + (tl.load(weight + d * W + j, mask=d < D, other=0.0).to(tl.float32)[None, :],)
     return taps
 
 
@@ -55,6 +61,13 @@ def convolve(seen, taps, bias, i: tl.constexpr, W: tl.constexpr):
     for j in tl.static_range(1, W):
         total += taps[j] * seen[i + j].to(tl.float32)
     return total
+
+
+@triton.jit
+def sigmoid(x):
+    # A division costs more, for the sake of numbers that do not occur here.
+    root = tl.rsqrt(1 + tl.exp2(x * -LOG2E))
+    return root * root
 
 
 @triton.jit
@@ -78,17 +91,17 @@ def forward_kernel(
     for i in tl.static_range(1, C + W - 1):
         t = i - (W - 1)
         b_x = load_input(x + t * x_t, first, start + t, live, d, T, D, W, BLOCK, HAS_FIRST and t < 0)
-        seen = seen + (b_x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no star
+        seen = seen + (b_x,)
     gates = (seen[0],)
     if HAS_GATE:
         gate += (b * gate_b + start * gate_t)[:, None] + d[None, :]
         gates = (load_at(gate, start, live, d, T, D, BLOCK),)
         for i in tl.static_range(1, C):
-            gates = gates + (load_at(gate + i * gate_t, start + i, live, d, T, D, BLOCK),)  # type: ignore[assignment]  # noqa: RUF005
+            gates = gates + (load_at(gate + i * gate_t, start + i, live, d, T, D, BLOCK),)
     for i in tl.static_range(C):
         total = convolve(seen, taps, b_bias, i, W)
         if SILU:
-            total *= tl.sigmoid(total)
+            total *= sigmoid(total)
         if HAS_GATE:
             total *= gates[i].to(tl.float32)
         mask = (live & (start + i < T))[:, None] & (d < D)[None, :]
@@ -96,10 +109,26 @@ def forward_kernel(
 
 
 @triton.jit
+def slope_at(dy, gate, window, taps, bias, W: tl.constexpr, SILU: tl.constexpr, HAS_GATE: tl.constexpr):
+    """Of the token that ends `window`: the gradients of its sum and of its gate."""
+    slope, dgate = dy.to(tl.float32), dy.to(tl.float32)
+    if HAS_GATE:
+        slope *= gate.to(tl.float32)
+    if SILU or HAS_GATE:
+        total = convolve(window, taps, bias, 0, W)
+        if SILU:
+            opened = sigmoid(total)
+            dgate *= opened
+            slope *= opened * (1 + total * (1 - opened))
+        dgate *= total
+    return slope, dgate
+
+
+@triton.jit
 def backward_kernel(
     x, weight, bias, gate, first, dy, dx, parts, dgate, dfirst, T, per_group,
     x_b, x_t, gate_b, gate_t, weight_g, bias_g, dy_b, dy_t,
-    D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """As the forward. With an initial state the chunks begin W-1 tokens earlier, and dx there is its gradient.
@@ -114,66 +143,68 @@ def backward_kernel(
     dx += (b * T * D + start * D)[:, None] + d[None, :]
     first += (b * (W - 1) * D)[:, None] + d[None, :]
     dfirst += (b * (W - 1) * D)[:, None] + d[None, :]
+    if HAS_GATE:
+        gate += (b * gate_b + start * gate_t)[:, None] + d[None, :]
+        dgate += (b * T * D + start * D)[:, None] + d[None, :]
     taps = load_taps(weight + group * weight_g, d, D, W)
     b_bias = tl.zeros((1, BLOCK), tl.float32)
     if HAS_BIAS:
         b_bias = tl.load(bias + group * bias_g + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    inside = live[:, None] & (d < D)[None, :]
 
-    # Inputs from token -W+1 of the chunk on, and what reaches the outputs from its first token on.
-    seen = (load_input(x - (W - 1) * x_t, first, start - (W - 1), live, d, T, D, W, BLOCK, HAS_FIRST and W > 1),)
-    for i in tl.static_range(1, C + (W - 1) * (1 + SILU)):
+    # A token's dx needs the slopes of the W-1 tokens that follow: the walk is so far ahead of what it stores.
+    seen = ()
+    for i in tl.static_range(W - 1):
         t = i - (W - 1)
-        b_x = load_input(x + t * x_t, first, start + t, live, d, T, D, W, BLOCK, HAS_FIRST and t < past)
-        seen = seen + (b_x,)  # type: ignore[assignment]  # noqa: RUF005
-    given = (load_at(dy, start, live, d, T, D, BLOCK),)
-    for i in tl.static_range(1, C + W - 1):
-        given = given + (load_at(dy + i * dy_t, start + i, live, d, T, D, BLOCK),)  # type: ignore[assignment]  # noqa: RUF005
-    gates = (given[0],)
-    if HAS_GATE:
-        gate += (b * gate_b + start * gate_t)[:, None] + d[None, :]
-        dgate += (b * T * D + start * D)[:, None] + d[None, :]
-        gates = (load_at(gate, start, live, d, T, D, BLOCK),)
-        for i in tl.static_range(1, C + W - 1):
-            gates = gates + (load_at(gate + i * gate_t, start + i, live, d, T, D, BLOCK),)  # type: ignore[assignment]  # noqa: RUF005
-
-    zeros = tl.zeros((ROWS, BLOCK), tl.float32)
-    dtaps = (zeros,)
-    for _ in tl.static_range(W):
-        dtaps = dtaps + (zeros,)  # type: ignore[assignment]  # noqa: RUF005
-    slopes = (zeros,)
-    for i in tl.static_range(C + W - 1):
-        slope = given[i].to(tl.float32)
-        if HAS_GATE and i < C:
-            ungated = convolve(seen, taps, b_bias, i, W)
-            if SILU:
-                ungated *= tl.sigmoid(ungated)
-            mask = (live & (start + i >= 0) & (start + i < T))[:, None] & (d < D)[None, :]
-            tl.store(dgate + i * D, (slope * ungated).to(dgate.dtype.element_ty), mask=mask)
+        seen = seen + (load_input(x + t * x_t, first, start + t, live, d, T, D, W, BLOCK, HAS_FIRST),)
+    slopes = ()
+    for i in tl.static_range(W - 1):
+        b_x = load_input(x + i * x_t, first, start + i, live, d, T, D, W, BLOCK, HAS_FIRST)
+        b_dy = load_at(dy + i * dy_t, start + i, live, d, T, D, BLOCK)
+        b_gate = load_at(gate + i * gate_t, start + i, live, d, T, D, BLOCK) if HAS_GATE else b_dy
+        slope, b_dgate = slope_at(b_dy, b_gate, seen + (b_x,), taps, b_bias, W, SILU, HAS_GATE)
         if HAS_GATE:
-            slope *= gates[i].to(tl.float32)
-        if SILU:
-            total = convolve(seen, taps, b_bias, i, W)
-            opened = tl.sigmoid(total)
-            slope *= opened * (1 + total * (1 - opened))
-        slopes = slopes + (slope,)  # type: ignore[assignment]  # noqa: RUF005
-        if i < C:
-            sums = (dtaps[0] + slope * seen[i].to(tl.float32),)
-            for j in tl.static_range(1, W):
-                sums = sums + (dtaps[j] + slope * seen[i + j].to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-            dtaps = sums + (dtaps[W] + slope,)  # type: ignore[assignment]  # noqa: RUF005
-        if i >= W - 1:
-            b_dx = zeros
+            mask = inside & ((chunk == 0) & (start + i >= 0) & (start + i < T))[:, None]
+            tl.store(dgate + i * D, b_dgate.to(dgate.dtype.element_ty), mask=mask)
+        seen = seen[1:] + (b_x,)
+        slopes = slopes + (slope,)
+    dtaps = ()
+    for _ in tl.static_range(W + 1):
+        dtaps = dtaps + (tl.zeros((ROWS, BLOCK), tl.float32),)
+    for at in range(0, C, STEPS):
+        given = ()
+        for i in tl.static_range(STEPS):
+            t = at + (i + W - 1)
+            b_dy = load_at(dy + t * dy_t, start + t, live, d, T, D, BLOCK)
+            b_gate = load_at(gate + t * gate_t, start + t, live, d, T, D, BLOCK) if HAS_GATE else b_dy
+            given = given + ((load_at(x + t * x_t, start + t, live, d, T, D, BLOCK), b_dy, b_gate),)
+        for i in tl.static_range(STEPS):
+            b_x, b_dy, b_gate = given[i]
+            seen = seen + (b_x,)
+            slope, b_dgate = slope_at(b_dy, b_gate, seen, taps, b_bias, W, SILU, HAS_GATE)
+            slopes = slopes + (slope,)
+            s = start + (at + i)
+            if HAS_GATE:
+                ahead = dgate + (at + (i + W - 1)) * D
+                tl.store(ahead, b_dgate.to(dgate.dtype.element_ty), mask=inside & (s + (W - 1) < T)[:, None])
+            oldest = seen[0].to(tl.float32)
+            sums = ()
+            b_dx = tl.zeros((ROWS, BLOCK), tl.float32)
             for j in tl.static_range(W):
-                b_dx += taps[W - 1 - j] * slopes[i - (W - 1) + 1 + j]
-            t = start + (i - (W - 1))
-            inside = live[:, None] & (d < D)[None, :]
-            tl.store(dx + (i - (W - 1)) * D, b_dx.to(dx.dtype.element_ty), mask=inside & ((t >= 0) & (t < T))[:, None])
-            if HAS_FIRST and i < W - 1 + past:
-                before = dfirst + (t + past)[:, None] * D
-                tl.store(before, b_dx.to(dfirst.dtype.element_ty), mask=inside & (t < 0)[:, None])
+                b_dx += taps[W - 1 - j] * slopes[j]
+                sums = sums + (dtaps[j] + oldest * slopes[j],)
+            dtaps = sums + (dtaps[W] + slopes[0],)
+            tl.store(dx + (at + i) * D, b_dx.to(dx.dtype.element_ty), mask=inside & ((s >= 0) & (s < T))[:, None])
+            if HAS_FIRST:
+                to = dfirst + (s + past)[:, None] * D
+                tl.store(to, b_dx.to(dfirst.dtype.element_ty), mask=inside & (s < 0)[:, None])
+            seen = seen[1:]
+            slopes = slopes[1:]
     parts += part * (W + HAS_BIAS) * D + d
-    for j in tl.static_range(W + HAS_BIAS):
-        tl.store(parts + j * D, tl.sum(dtaps[j], 0), mask=d < D)
+    for j in tl.static_range(W):
+        tl.store(parts + (W - 1 - j) * D, tl.sum(dtaps[j], 0), mask=d < D)
+    if HAS_BIAS:
+        tl.store(parts + W * D, tl.sum(dtaps[W], 0), mask=d < D)
 
 
 @triton.jit

@@ -78,13 +78,15 @@ def _backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     dbias, dgate, dfirst = empty_like(bias, weight), empty_like(gate, x), empty_like(first, x)
-    config = configured("short_conv.backward", backward_config, x, gate)
+    config = configured("short_conv.backward", backward_config, x)
     arguments, strides, options = _prepared(x, weight, bias, gate, first, silu, config)
     chunks = triton.cdiv(T if first is None else T + W - 1, options["C"])
     parts = triton.cdiv(B // groups * chunks, options["ROWS"])
     sums = torch.empty(groups, parts, W + (bias is not None), D, dtype=torch.float32, device=x.device)
+    # Tokens that are loaded at a time; a gate takes registers too.
+    steps = 8 if gate is None else 4
     kernels.backward_kernel[(groups * parts * triton.cdiv(D, options["BLOCK"]),)](
-        *arguments, dy, dx, sums, dgate, dfirst, T, B // groups, *strides, *dy.stride()[:2], **options
+        *arguments, dy, dx, sums, dgate, dfirst, T, B // groups, *strides, *dy.stride()[:2], STEPS=steps, **options
     )
     kernels.sum_kernel[(groups * triton.cdiv(sums.shape[2] * D, SUM_COLUMNS),)](
         sums, dweight, dbias, parts, D=D, W=W, HAS_BIAS=bias is not None, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS
@@ -119,11 +121,10 @@ def forward_config(x: Tensor) -> Config:
     return Config(chunk=16, block=min(triton.next_power_of_2(x.shape[-1]), 64), num_warps=4, num_stages=1)
 
 
-def backward_config(x: Tensor, gate: Tensor | None) -> Config:
-    """Longer chunks leave fewer parts of the weight's gradient to sum, and with a gate spill registers."""
-    return Config(
-        chunk=32 if gate is None else 16, block=min(triton.next_power_of_2(x.shape[-1]), 64), num_warps=2, num_stages=1
-    )
+def backward_config(x: Tensor) -> Config:
+    """Longer chunks leave fewer parts of the weight's gradient to sum, but fewer programs."""
+    chunk = 64 if x.shape[1] >= 128 and x.numel() >= 2**24 else 32
+    return Config(chunk=chunk, block=min(triton.next_power_of_2(x.shape[-1]), 64), num_warps=2, num_stages=1)
 
 
 def _prepared(
