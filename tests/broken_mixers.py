@@ -260,6 +260,22 @@ class GrowsHonestly(Grows):
     state_horizon = None
 
 
+class ReservesInVain(GrowsHonestly):
+    """step_at forgets all but the log."""
+
+    def reserve(self, batch_size, tokens):
+        return self.init_state(batch_size)._replace(log=self.previous.new_zeros(batch_size, tokens))
+
+    def step_at(self, x_t, state, position):
+        y_t, _ = self.step(x_t, state)
+        return y_t, state._replace(log=state.log.index_copy(1, position, x_t[:, :1]))
+
+
+class ReservesTooLittle(ReservesInVain):
+    def step_at(self, x_t, state, position):
+        return self.step(x_t, state)
+
+
 class GrowsLater(Grows):
     """Claims to be constant after 8 tokens, grows up to 100."""
 

@@ -55,6 +55,8 @@ BROKEN = [
     (broken.StartsElsewhere, {SCAN}, "steps from init_state, against forward: all 70 positions differ, by up to"),
     (broken.ForgetsRotation, {SCAN}, "with rotary positions: all 20 positions differ"),
     (broken.Epsilon, {SCAN}, "of the output's scale (allowed 1e-09), at row 1, position 0"),
+    (broken.ReservesInVain, {SCAN}, "steps in a reserved state, against forward, with rotary positions: positions 1,"),
+    (broken.ReservesTooLittle, {SCAN}, "'log': (2, 21)} for one of {'h': (2, 16), 'last': (2, 16), 'log': (2, 20)};"),
     (broken.PrefillScalesState, {PREFILL}, "prefill of 1 tokens and 8 steps, against forward: positions 1, 2, 3, 4"),
     (
         broken.PrefillStartsAfresh,

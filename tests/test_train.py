@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,15 +10,15 @@ import pytest
 import torch
 
 from zoo.config import Trial, parse
-from zoo.decode import decode_through_state
+from zoo.decode import decode_through_state, measure_model_state, measured
 from zoo.errors import ConfigError
 from zoo.evaluate import evaluate, load_slices
 from zoo.fit import learning_rate, shuffled, turns
-from zoo.model import build_model
+from zoo.model import Model, build_model
 from zoo.optimizer import decayed
 from zoo.pack import Pack
 from zoo.record import Epoch
-from zoo.state import measure_state, named_tensors
+from zoo.state import map_tensors, measure_state, named_tensors
 from zoo.tasks import IGNORE
 from zoo.train import run_trial, validate
 
@@ -139,6 +140,34 @@ def test_the_state_is_measured_at_the_length_of_every_slice(batched: bool) -> No
     assert agreement.same_answers == 1.0
     assert agreement.examples == 8
     assert 0 < agreement.max_logit_error < 1e-4
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary", "learned"])
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        "hyena",
+        {"mixer": "attention", "num_heads": 4, "num_kv_heads": 2},
+        {"mixer": "sliding_window", "window": 5},
+        "delta_net",
+    ],
+)
+def test_steps_in_a_state_with_room_are_the_same_and_of_the_same_size(mixer: Any, positions: str) -> None:
+    config = trial(model={"layers": ["gated_conv", mixer], "positions": positions})
+    models = [build_model(config.model, config.data, seed).double() for seed in (0, 1)]
+    pack = Pack(models, batched=True)
+    tokens = load_slices(config.data.test, 0, "test", "cpu")[0].tokens[:6].view(2, 3, 16)
+    roomy = pack.call(lambda model, tokens: model.init_state(len(tokens), reserve=16), tokens)
+    states = [model.init_state(3) for model in models]
+    with torch.no_grad():
+        for t in range(16):
+            step = functools.partial(Model.step, at=torch.tensor([t]))
+            together, roomy = pack.call(step, tokens[..., t], roomy)
+            for i, model in enumerate(models):
+                y, states[i] = model.step(tokens[i, :, t], states[i])
+                torch.testing.assert_close(together[i], y, rtol=1e-10, atol=1e-10)
+                of_one = map_tensors(lambda x, i=i: x[i], roomy)
+                assert measured(model, of_one, t + 1) == measure_model_state(model, states[i], t + 1)
 
 
 def test_the_counter_of_learned_positions_is_part_of_the_state() -> None:

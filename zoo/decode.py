@@ -18,7 +18,8 @@ from zoo.tasks import IGNORE
 if TYPE_CHECKING:
     from zoo.evaluate import Slice
 
-Step = Callable[[Tensor, State], tuple[Tensor, State]]
+Step = Callable[[Tensor, State, Tensor | None], tuple[Tensor, State]]
+"""Tokens, the state and, where it has room for all tokens, how many are in it -> outputs, the next state."""
 OnState = Callable[[int, State], None]
 
 
@@ -43,7 +44,7 @@ def decode_through_state(
 
 def decode(model: Model, tokens: Tensor, positions: Tensor) -> Tensor:
     """tokens (B, T), positions (B, Q) -> the head's input there (B, Q, D), carrying nothing but the state."""
-    return _at(_decode(model.step, model.init_state(len(tokens)), tokens, (), lambda t, state: None), positions)
+    return _at(_decode(model.step, _start(model, tokens), tokens, (), lambda t, state: None), positions)
 
 
 def measure_model_state(model: Model, state: ModelState, seq_len: int) -> MeasuredState:
@@ -74,11 +75,13 @@ def _decode_members(
 
     def measure(t: int, state: State) -> None:
         for i, model in enumerate(pack.models):
-            states[i].append(measure_model_state(model, map_tensors(lambda x, i=i: x[i], state), t))
+            states[i].append(measured(model, map_tensors(lambda x, i=i: x[i], state), t))
+
+    def step(token: Tensor, state: State, at: Tensor | None) -> tuple[Tensor, State]:
+        return pack.call(lambda model, token, state: model.step(token, state, at), token, state)
 
     tokens, positions = (x.expand(members, -1, -1) for x in (tokens, positions))
-    start = pack.call(lambda model, first: model.init_state(len(first)), tokens)
-    features = _decode(lambda x, state: pack.call(Model.step, x, state), start, tokens, lengths, measure)
+    features = _decode(step, pack.call(_start, tokens), tokens, lengths, measure)
     return list(zip(_at(features, positions), states, strict=True))
 
 
@@ -88,36 +91,57 @@ def _decode_one(
     states: list[MeasuredState] = []
     features = _decode(
         model.step,
-        model.init_state(len(tokens)),
+        _start(model, tokens),
         tokens,
         lengths,
-        lambda t, state: states.append(measure_model_state(model, state, t)),
+        lambda t, state: states.append(measured(model, state, t)),
     )
     return _at(features, positions), states
+
+
+def _start(model: Model, tokens: Tensor) -> ModelState:
+    """The state before tokens (B, T), on a GPU with room for them."""
+    return model.init_state(len(tokens), reserve=tokens.shape[1] if tokens.is_cuda else 0)
+
+
+def measured(model: Model, state: ModelState, t: int) -> MeasuredState:
+    """The size of the state after t tokens, without the room that it has for more."""
+    with_room = iter(_shapes(model.init_state(1, reserve=1)))
+    without = iter(_shapes(model.init_state(1)))
+
+    def filled(x: Tensor) -> Tensor:
+        for axis, (more, less) in enumerate(zip(next(with_room), next(without), strict=True)):
+            if more != less:
+                return x.narrow(axis, 0, t)
+        return x
+
+    return measure_model_state(model, map_tensors(filled, state), t)
 
 
 def _decode(step: Step, state: State, tokens: Tensor, lengths: Collection[int], on_state: OnState) -> Tensor:
     """tokens (..., T) -> step's outputs (..., T, D). on_state hears of the state after each of `lengths` tokens."""
     T = tokens.shape[-1]
+    index = torch.zeros(1, dtype=torch.int64, device=tokens.device) if tokens.is_cuda else None
     outputs, t, constant = [], 0, False
     while t < T and not constant:
         before = state
-        y, state = step(tokens[..., t], before)
+        y, state = step(tokens[..., t], before, index)
         outputs.append(y)
         t += 1
         if t in lengths:
             on_state(t, state)
-        constant = tokens.is_cuda and _shapes(before) == _shapes(state)
+        if index is not None:
+            index += 1
+            constant = _shapes(before) == _shapes(state)
     whole = torch.stack(outputs, dim=-2)
-    if t == T:
+    if t == T or index is None:
         return whole
-    # A state that does not grow stays in one place, and the steps are a graph.
+    # A state whose shapes stay does so in one place, and the steps are a graph.
     whole = torch.cat([whole, whole.new_empty(*whole.shape[:-2], T - t, whole.shape[-1])], dim=-2)
     state = map_tensors(lambda x: x.clone(), state)
-    index = torch.full((1,), t, device=tokens.device)
 
     def advance() -> Tensor:
-        y, after = step(tokens.index_select(-1, index).squeeze(-1), state)
+        y, after = step(tokens.index_select(-1, index).squeeze(-1), state, index)
         for (_, place), (_, value) in zip(named_tensors(state), list(named_tensors(after)), strict=True):
             place.copy_(value)
         whole.index_copy_(whole.dim() - 2, index, y.unsqueeze(-2))
@@ -125,7 +149,7 @@ def _decode(step: Step, state: State, tokens: Tensor, lengths: Collection[int], 
         return y
 
     def rehearse() -> None:
-        step(tokens[..., 0], state)
+        step(tokens[..., 0], state, index)
 
     replay = Replay(advance, tokens.device, rehearse)
     for after in range(t + 1, T + 1):

@@ -112,13 +112,13 @@ class Model(nn.Module):
         """tokens (B, T), positions (B, Q) -> logits (B, Q, V) at those positions."""
         return self.features(tokens, positions) @ self.embedding.weight.T
 
-    def answer(self, tokens: Tensor, positions: Tensor, answers: Tensor, impl: str | None = None) -> AnswerLoss:
+    def answer(self, tokens: Tensor, positions: Tensor, answers: Tensor, *, predict: bool = True) -> AnswerLoss:
         """tokens (B, T), positions and answers (B, Q) -> loss and prediction of each question (B * Q,)."""
-        return self.judge(self.features(tokens, positions), answers, impl)
+        return self.judge(self.features(tokens, positions), answers, predict=predict)
 
-    def judge(self, features: Tensor, answers: Tensor, impl: str | None = None) -> AnswerLoss:
+    def judge(self, features: Tensor, answers: Tensor, *, predict: bool = True) -> AnswerLoss:
         """The head's input (B, Q, D), answers (B, Q), -100 where there is none -> loss and prediction (B * Q,)."""
-        return answer_loss(features.flatten(0, 1), self.embedding.weight, answers.flatten(), impl=impl)
+        return answer_loss(features.flatten(0, 1), self.embedding.weight, answers.flatten(), predict=predict)
 
     def prefill(self, tokens: Tensor) -> tuple[Tensor, ModelState]:
         """tokens (B, T) -> the head's input at every position (B, T, D), the state after the last."""
@@ -133,14 +133,21 @@ class Model(nn.Module):
             position = torch.full_like(tokens[:, 0], tokens.shape[1], dtype=torch.int64)
         return self.norm(x), ModelState(tuple(states), position)
 
-    def init_state(self, batch_size: int) -> ModelState:
-        """The state before the first token."""
+    def init_state(self, batch_size: int, reserve: int = 0) -> ModelState:
+        """The state before the first token, with room for `reserve` tokens where it grows and the mixer can do so."""
         device = self.embedding.weight.device
         position = torch.zeros(batch_size, dtype=torch.int64, device=device) if self.positions is not None else None
-        return ModelState(tuple(block.mixer.init_state(batch_size) for block in self.blocks), position)
+        layers = (
+            block.mixer.reserve(batch_size, reserve) if reserve else block.mixer.init_state(batch_size)
+            for block in self.blocks
+        )
+        return ModelState(tuple(layers), position)
 
-    def step(self, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """One token a sequence (B,), the state -> the head's input (B, D), the next state."""
+    def step(self, token: Tensor, state: ModelState, at: Tensor | None = None) -> tuple[Tensor, ModelState]:
+        """One token a sequence (B,), the state -> the head's input (B, D), the next state.
+
+        at: (1,), how many tokens are in a state that has room for more.
+        """
         x = self.embedding(token)
         position = state.position
         if self.positions is not None and position is not None:
@@ -148,7 +155,8 @@ class Model(nn.Module):
             position = position + 1
         states = []
         for block, before in zip(self.blocks, state.layers, strict=True):
-            y, after = block.mixer.step(block.norm(x), before)
+            normed = block.norm(x)
+            y, after = block.mixer.step(normed, before) if at is None else block.mixer.step_at(normed, before, at)
             x = block.feed(x + y)
             states.append(after)
         return self.norm(x), ModelState(tuple(states), position)

@@ -119,13 +119,28 @@ class Attention(Mixer):
         cache = KVCache(torch.cat([before.k, self.turn(k, start)], dim=1), torch.cat([before.v, v], dim=1))
         return self.attend(self.turn(q, start), cache.k, cache.v), cache
 
+    def reserve(self, batch_size: int, tokens: int) -> KVCache:
+        zeros = self.qkv.weight.new_zeros(batch_size, tokens, self.num_kv_heads, self.head_dim)
+        return KVCache(zeros, zeros)
+
+    def step_at(self, x_t: Tensor, state: KVCache, position: Tensor) -> tuple[Tensor, KVCache]:
+        q, k, v = self.project(x_t[:, None])
+        tokens = torch.arange(state.k.shape[1], device=k.device)
+        here = (tokens == position)[:, None, None]
+        cache = KVCache(torch.where(here, self.turn(k, position), state.k), torch.where(here, v, state.v))
+        # Not torch's fused attention, which takes no mask in a pack.
+        q_BGHK = self.turn(q, position).view(len(q), self.num_kv_heads, -1, self.head_dim)
+        k_BGTK, v_BGTK = (x.transpose(1, 2) for x in cache)
+        scores_BGHT = (q_BGHK * self.head_dim**-0.5 @ k_BGTK.mT).masked_fill(tokens > position, -math.inf)
+        return self.out((scores_BGHT.softmax(-1) @ v_BGTK).flatten(1)), cache
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) -> q (B, T, H, K), k and v (B, T, G, K)."""
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
         return q, k, v
 
-    def turn(self, x: Tensor, start: int = 0) -> Tensor:
+    def turn(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
         """Queries or keys at positions start, start + 1, ... with rotary positions, where there are any."""
         return rotate(x, start) if self.rotary else x
 

@@ -81,6 +81,17 @@ class Mixer(nn.Module):
         """The recurrent form: x_t (B, D), state -> y_t (B, D), the next state. The argument is left as it was."""
         raise NotImplementedError
 
+    def reserve(self, batch_size: int, tokens: int) -> State:
+        """`init_state`, but with zeros in place of all that `tokens` tokens will add.
+
+        A mixer whose state grows may define it, along with `step_at`: as no shape then changes, a GPU can replay steps.
+        """
+        return self.init_state(batch_size)
+
+    def step_at(self, x_t: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
+        """`step` with a state of `reserve`, in which `position` (1,) tokens are."""
+        return self.step(x_t, state)
+
     def prefill(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """x (B, T, D), the state before it (None: the initial one) -> y (B, T, D), the state after it.
 

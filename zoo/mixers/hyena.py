@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from zoo.errors import UnsupportedError
+from zoo.kernels.hyena_conv import hyena_conv
 from zoo.kernels.implicit_filter import implicit_filter
 from zoo.kernels.long_conv import long_conv
 from zoo.kernels.projections import projections
@@ -105,17 +106,35 @@ class Hyena(ReadoutMixer):
             self.skip.new_zeros(batch_size, self.config.conv_width - 1, 3 * D), self.skip.new_zeros(batch_size, 0, D)
         )
 
-    def mix(
-        self, x: Tensor, state: HyenaState | None, return_state: bool, pick: Pick = everywhere
-    ) -> tuple[Tensor, HyenaState | None]:
-        cache, past = (None, None) if state is None else state
-        length = x.shape[1] + (0 if past is None else past.shape[1])
-        if length > self.layer.max_seq_len:
+    def reserve(self, batch_size: int, tokens: int) -> HyenaState:
+        self.check_length(tokens)
+        conv, _ = self.init_state(batch_size)
+        return HyenaState(conv, conv.new_zeros(batch_size, tokens, self.layer.d_model))
+
+    def step_at(self, x_t: Tensor, state: HyenaState, position: Tensor) -> tuple[Tensor, HyenaState]:
+        u, x2, conv = self.gated(x_t[:, None], state.conv, True)
+        assert conv is not None
+        tokens = torch.arange(state.inputs.shape[1], device=u.device)
+        inputs = torch.where((tokens == position)[:, None], u, state.inputs)
+        # What is not there yet is 0, whatever its tap.
+        taps_TD = self.filter(len(tokens)).index_select(1, (position - tokens).abs()).T
+        y = x2[:, 0] * ((inputs * taps_TD).sum(1) + self.skip * u[:, 0])
+        return self.out_proj(y), HyenaState(conv, inputs)
+
+    def check_length(self, tokens: int) -> None:
+        if tokens > self.layer.max_seq_len:
             raise UnsupportedError(
-                f"hyena: a sequence of {length} tokens, but its filters are {self.layer.max_seq_len} taps long; "
-                f"build it with LayerInfo.max_seq_len of {length} or more."
+                f"hyena: a sequence of {tokens} tokens, but its filters are {self.layer.max_seq_len} taps long; "
+                f"build it with LayerInfo.max_seq_len of {tokens} or more."
             )
-        inputs = projections(x, *self.in_proj.weight.chunk(3), biases=self.in_proj.bias.chunk(3))
+
+    def projected(self, x: Tensor) -> Sequence[Tensor]:
+        """x1, x2 and v before their short convolutions."""
+        return projections(x, *self.in_proj.weight.chunk(3), biases=self.in_proj.bias.chunk(3))
+
+    def gated(self, x: Tensor, cache: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x1 * v and x2, and the cache of the short convolutions."""
+        inputs = self.projected(x)
         weights, biases = self.conv_weight.chunk(3), self.conv_bias.chunk(3)
         caches = (None, None, None) if cache is None else cache.chunk(3, dim=-1)
 
@@ -126,8 +145,23 @@ class Hyena(ReadoutMixer):
 
         (x1, cache_1), (x2, cache_2) = conv(0), conv(1)
         u, cache_3 = conv(2, gate=x1)
-        y = self.out_proj(pick(long_conv(u, self.filter(length), self.skip, x2, past=past)))
         if cache_1 is None or cache_2 is None or cache_3 is None:
+            return u, x2, None
+        return u, x2, torch.cat([cache_1, cache_2, cache_3], dim=-1)
+
+    def mix(
+        self, x: Tensor, state: HyenaState | None, return_state: bool, pick: Pick = everywhere
+    ) -> tuple[Tensor, HyenaState | None]:
+        cache, past = (None, None) if state is None else state
+        length = x.shape[1] + (0 if past is None else past.shape[1])
+        self.check_length(length)
+        if past is None and not return_state:
+            weight, bias = self.conv_weight.unflatten(0, (3, -1)), self.conv_bias.unflatten(0, (3, -1))
+            x1, x2, v = self.projected(x)
+            y = hyena_conv(x1, x2, v, weight, bias, self.filter(length), self.skip)
+            return self.out_proj(pick(y)), None
+        u, x2, cache = self.gated(x, cache, return_state)
+        y = self.out_proj(pick(long_conv(u, self.filter(length), self.skip, x2, past=past)))
+        if cache is None:
             return y, None
-        cache = torch.cat([cache_1, cache_2, cache_3], dim=-1)
         return y, HyenaState(cache, u if past is None else torch.cat([past, u], dim=1))

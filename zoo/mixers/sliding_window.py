@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from zoo.mixers.attention import Attention, KVCache
+from zoo.mixers.base import Mixer
 
 
 class SlidingWindow(Attention):
@@ -27,6 +28,10 @@ class SlidingWindow(Attention):
     @property
     def state_horizon(self) -> int:
         return self.window - 1
+
+    # It soon stops growing.
+    reserve = Mixer.reserve
+    step_at = Mixer.step_at
 
     def prefill(self, x: Tensor, state: KVCache | None = None) -> tuple[Tensor, KVCache]:
         before = self.init_state(len(x)) if state is None else state

@@ -133,7 +133,29 @@ def forward_is_scan_of_step(s: Subject) -> str:
     for where, layer in {"with rotary positions": s.at(rotary=True), "as the last of 4 layers": s.last_of(4)}.items():
         mixer, x = s.build(layer=layer), s.input(2, 20)
         require_close(scan(mixer, x)[0], mixer(x), "two forms", f"steps from init_state, against forward, {where}")
+        _require_reserved(mixer, x, where)
     return f"{s.length} steps, {_errors(s, errors)}"
+
+
+def _require_reserved(mixer: Mixer, x: Tensor, where: str) -> None:
+    """A state of full length, if the mixer has one, keeps its shapes and gives the same outputs."""
+    state = mixer.reserve(len(x), x.shape[1])
+    shapes = _shapes(state)
+    if shapes == _shapes(mixer.init_state(len(x))):
+        return
+    outputs = []
+    for t in range(x.shape[1]):
+        y_t, state = mixer.step_at(x[:, t], state, torch.tensor([t], device=x.device))
+        outputs.append(y_t)
+        if _shapes(state) != shapes:
+            fail(f"step_at gives a state of {_shapes(state)} for one of {shapes}; it must keep the shapes")
+    require_close(
+        torch.stack(outputs, 1), mixer(x), "two forms", f"steps in a reserved state, against forward, {where}"
+    )
+
+
+def _shapes(state: object) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in named_tensors(state)}
 
 
 @torch.no_grad()

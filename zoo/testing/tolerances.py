@@ -27,6 +27,7 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "residual_norm": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "gated_norm": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "outer_conv": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "hyena_conv": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "mingru": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "projections": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "ssd_inputs": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
