@@ -68,6 +68,10 @@ def test_a_past_continues_the_sequence(form, P, T, L):
     whole = long_conv(torch.cat([a["past"], a["u"]], 1), a["kernel"], a["skip"])[:, P:] * a["gate"]
     torch.testing.assert_close(long_conv(**a), whole, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(long_conv(**a, impl="reference"), whole, rtol=1e-11, atol=1e-11)
+    ungated = {name: x for name, x in a.items() if name != "gate"}
+    for impl in ("reference", "chunked"):
+        turned = long_conv(**ungated, time_last=True, impl=impl)
+        torch.testing.assert_close(turned.mT * a["gate"], whole, rtol=1e-11, atol=1e-11)
     for name, got, expected in zip(a, gradients("chunked", a), gradients("reference", a), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"d{name}: {m}")
 

@@ -15,7 +15,7 @@ from zoo.testing.ops import check_op
 from zoo.testing.tolerances import TOLERANCES
 
 FP32 = TOLERANCES["outer_conv"][torch.float32]
-SHAPES = {"q": "BTIH", "k": "BTIH", "v": "BTJH", "kernel": "HL", "skip": "H"}
+SHAPES = {"q": "BTIH", "k": "BIHT", "v": "BTJH", "kernel": "HL", "skip": "H"}
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
@@ -34,7 +34,7 @@ def test_slices_as_a_pack(longest: int, monkeypatch: pytest.MonkeyPatch) -> None
 
     def op(qkv: torch.Tensor, kernel: torch.Tensor, skip: torch.Tensor, impl: str) -> torch.Tensor:
         q, k, v = (x.unflatten(-1, (2, 4)) for x in qkv.chunk(3, dim=-1))
-        return outer_conv(q, k, v, kernel, skip, impl=impl)
+        return outer_conv(q, k.movedim(1, 3), v, kernel, skip, impl=impl)
 
     a = inputs(5, {"qkv": "PBTD", "kernel": "PHL", "skip": "PH"}, P=3, B=2, D=24, H=4, L=5)
     loop = lambda *pack: torch.stack([op(*member, "reference") for member in zip(*pack, strict=True)])  # noqa: E731

@@ -120,6 +120,13 @@ def test_long_conv_beyond_the_direct_form(monkeypatch):
     check_op(long_reference, long_fused, long_inputs(40, L=7, without=("gate", "skip", "past")), FP32["long_conv"])
 
 
+@pytest.mark.parametrize("longest", [4096, 16], ids=["direct", "fourier"])
+def test_long_conv_with_time_last(longest, monkeypatch):
+    monkeypatch.setattr(long_triton, "LONGEST", longest)
+    forms = (partial(form, time_last=True) for form in (long_reference, long_fused))
+    check_op(*forms, long_inputs(40, P=3, without=("gate",)), FP32["long_conv"])
+
+
 def test_long_conv_takes_strided_inputs_in_many_parts(monkeypatch):
     monkeypatch.setattr(long_triton, "pairs_config", lambda x: Config(16, 16, 1, 1))
     a = long_inputs(20, B=40, without=("past",))
@@ -139,7 +146,7 @@ def test_long_conv_is_a_sound_custom_op():
     a = long_inputs(5, without=("past",))
     u, kernel, skip, gate = (a[n].detach() for n in ("u", "kernel", "skip", "gate"))
     u, kernel, skip, gate = (x.requires_grad_() for x in (u, kernel[None], skip[None], gate))
-    for extra in ((None, None, 5), (skip, gate[:, :3].detach(), 3)):
+    for extra in ((None, None, 5, False), (skip, gate[:, :3].detach(), 3, False), (skip, None, 3, True)):
         torch.library.opcheck(long_triton._forward, (u, kernel, *extra))
 
 

@@ -63,13 +63,13 @@ class H3(ReadoutMixer):
         K = self.config.head_dim
         past, diagonal = (None, None) if state is None else state
         q, k, v = projections(x, *self.qkv.weight.chunk(3), biases=self.qkv.bias.chunk(3))
-        shifted = long_conv(k, self.shift, self.shift_D, past=past)
-        # The heads stand last, being many where a head has few channels.
-        q, shifted, v = (y.unflatten(-1, (K, -1)) for y in (q, shifted, v))
+        # The heads stand behind their channels, being many where a head has few of them.
+        shifted = long_conv(k, self.shift, self.shift_D, past=past, time_last=True).unflatten(1, (K, -1))
+        q, v = (y.unflatten(-1, (K, -1)) for y in (q, v))
         if diagonal is None and not return_state:
             y = outer_conv(q, shifted, v, self.diagonal.kernel(x.shape[1]), self.diagonal.D)
             return self.out_proj(pick(y.flatten(2))), None
-        kv_BTKKH = shifted[:, :, :, None] * v[:, :, None]
+        kv_BTKKH = shifted.permute(0, 3, 1, 2)[:, :, :, None] * v[:, :, None]
         y, diagonal = self.diagonal(kv_BTKKH.flatten(2, 3), diagonal, return_state)
         y = self.out_proj(pick((q[:, :, :, None] * y.view_as(kv_BTKKH)).sum(2).flatten(2)))
         if not return_state:

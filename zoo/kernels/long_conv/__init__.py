@@ -18,6 +18,7 @@ def long_conv(
     gate: Tensor | None = None,
     *,
     past: Tensor | None = None,
+    time_last: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """y_t = gate_t * (sum_j kernel[:, j] * u_{t-j} + skip * u_t), channel by channel.
@@ -28,10 +29,11 @@ def long_conv(
         skip: (D,).
         gate: (B, T, D).
         past: (B, P, D), the inputs before u in time order, all that a decode has to keep; None: none.
+        time_last: give y as (B, D, T), which spares a GPU the way back from how it computes; not with a gate.
         impl: "reference", "chunked", "triton" or None (by device).
 
     Returns:
-        y (B, T, D) in u's dtype, summed in fp32 (fp64 for fp64).
+        y (B, T, D), or (B, D, T), in u's dtype, summed in fp32 (fp64 for fp64).
 
     Raises:
         UnsupportedError: an unknown backend, or shapes that do not fit.
@@ -44,7 +46,11 @@ def long_conv(
             f"long_conv: u is {tuple(u.shape)} and kernel {tuple(kernel.shape)}; no axis may be empty."
         )
     check_shapes("long_conv", u=(u, "BTD"), past=(past, "BPD"))
+    if time_last and gate is not None:
+        raise UnsupportedError(
+            "long_conv: time_last goes without a gate, which would have to be turned; apply it after."
+        )
     module = backend(__name__, IMPLS, impl, u.device)
     # Autocast would take products in half precision.
     with full_precision(u):
-        return module.long_conv(u, kernel, skip, gate, past)
+        return module.long_conv(u, kernel, skip, gate, past, time_last)

@@ -104,7 +104,9 @@ class _Fourier(torch.autograd.Function):
         return du, dkernel
 
 
-def long_conv(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, past: Tensor | None) -> Tensor:
+def long_conv(
+    u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, past: Tensor | None, time_last: bool
+) -> Tensor:
     T = u.shape[1]
     dtype = state_dtype(u.dtype)
     x = u.to(dtype)
@@ -118,4 +120,4 @@ def long_conv(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | Non
         y = torch.addcmul(y, x, skip.to(dtype))
     if gate is not None:
         y = y * gate.to(dtype)
-    return y.to(u.dtype)
+    return (y.mT if time_last else y).to(u.dtype)

@@ -8,7 +8,9 @@ from torch import Tensor
 from zoo.kernels.backend import state_dtype
 
 
-def long_conv(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, past: Tensor | None) -> Tensor:
+def long_conv(
+    u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, past: Tensor | None, time_last: bool
+) -> Tensor:
     dtype = state_dtype(u.dtype)
     x, k = u.to(dtype), kernel.to(dtype)
     seen = x if past is None else torch.cat([past.to(dtype), x], dim=1)
@@ -22,4 +24,4 @@ def long_conv(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | Non
         y = y + skip.to(dtype) * x
     if gate is not None:
         y = y * gate.to(dtype)
-    return y.to(u.dtype)
+    return (y.mT if time_last else y).to(u.dtype)

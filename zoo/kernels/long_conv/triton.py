@@ -23,45 +23,60 @@ PROGRAMS = 256
 TAPS = 256
 
 
-def long_conv(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, past: Tensor | None) -> Tensor:
+def long_conv(
+    u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, past: Tensor | None, time_last: bool
+) -> Tensor:
     check_launch("long_conv", u, kernel, skip, gate, past)
     seen = u if past is None else torch.cat([past.to(u.dtype), u], dim=1)
     kernel = kernel[:, : seen.shape[1]]
     skip = None if skip is None else skip[None]
-    return torch.ops.zoo.long_conv(seen, kernel[None], skip, gate, u.shape[1])[0]
+    return torch.ops.zoo.long_conv(seen, kernel[None], skip, gate, u.shape[1], time_last)[0]
 
 
 @torch.library.custom_op("zoo::long_conv", mutates_args=())
 def _forward(
-    u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, T: int
+    u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, T: int, time_last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The last T outputs (B, T, D); with time last, u and, for a gate's gradient, these outputs before the gate."""
+    """The last T outputs; with time last, u and, for a gate's gradient, these outputs before the gate."""
     B, seen, D = u.shape
     turned = u.new_empty(B, D, seen, dtype=time_dtype(u, B // len(kernel), seen))
-    y = u.new_empty(B, T, D)
     _turn(rows(u), turned, seen, to_time=True)
     ungated = convolved(turned, kernel, skip, T)
+    if time_last:
+        return ungated.to(u.dtype), turned, u.new_empty(B, 0, 0)
+    y = u.new_empty(B, T, D)
     _turn(ungated, y, T, gate=gate)
     return y, turned, u.new_empty(B, 0, 0) if gate is None else ungated.to(u.dtype)
 
 
 @_forward.register_fake
-def _(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, T: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, T: int, time_last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     B, seen, D = u.shape
     turned = u.new_empty(B, D, seen, dtype=time_dtype(u, B // len(kernel), seen))
-    return u.new_empty(B, T, D), turned, u.new_empty(B, 0, 0) if gate is None else u.new_empty(B, D, T)
+    y = u.new_empty(B, D, T) if time_last else u.new_empty(B, T, D)
+    return y, turned, u.new_empty(B, 0, 0) if gate is None else u.new_empty(B, D, T)
 
 
 @torch.library.custom_op("zoo::long_conv_backward", mutates_args=())
 def _backward(
-    turned: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, ungated: Tensor, dy: Tensor
+    turned: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None,
+    gate: Tensor | None,
+    ungated: Tensor,
+    dy: Tensor,
+    time_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du, dkernel in fp32, whose first tap is dskip as well, and dgate, without elements if there is no gate."""
     B, D, seen = turned.shape
-    T = dy.shape[1]
-    dturned = turned.new_empty(B, D, T)
     dgate = dy.new_empty(B, 0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
-    _turn(rows(dy) if gate is None else ungated, dturned, T, gate=gate, dy=dy, dgate=dgate, to_time=True)
+    if time_last:
+        dturned = dy.to(turned.dtype).contiguous()
+    else:
+        dturned = turned.new_empty(B, D, dy.shape[1])
+        _turn(rows(dy) if gate is None else ungated, dturned, dy.shape[1], gate=gate, dy=dy, dgate=dgate, to_time=True)
     du = dy.new_empty(B, seen, D)
     du_turned, dkernel = convolved_backward(dturned, turned, kernel, skip)
     _turn(du_turned, du, seen)
@@ -70,7 +85,13 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    turned: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, ungated: Tensor, dy: Tensor
+    turned: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None,
+    gate: Tensor | None,
+    ungated: Tensor,
+    dy: Tensor,
+    time_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, D, seen = turned.shape
     dgate = dy.new_empty(B, 0) if gate is None else gate.new_empty(gate.shape)
@@ -78,18 +99,18 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, kernel, skip, gate, _ = inputs
+    _, kernel, skip, gate, _, ctx.time_last = inputs
     ctx.save_for_backward(output[1], kernel, skip, gate, output[2])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     turned, kernel, skip, gate, ungated = ctx.saved_tensors
-    du, dkernel, dgate = torch.ops.zoo.long_conv_backward(turned, kernel, skip, gate, ungated, dy)
+    du, dkernel, dgate = torch.ops.zoo.long_conv_backward(turned, kernel, skip, gate, ungated, dy, ctx.time_last)
     dskip = None if skip is None else dkernel[..., 0].to(skip.dtype)
-    return du, dkernel.to(kernel.dtype), dskip, None if gate is None else dgate, None
+    return du, dkernel.to(kernel.dtype), dskip, None if gate is None else dgate, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

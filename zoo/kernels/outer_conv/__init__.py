@@ -14,10 +14,11 @@ IMPLS = ("reference", "chunked", "triton")
 def outer_conv(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor, skip: Tensor, *, impl: str | None = None) -> Tensor:
     """y_tj = sum_i q_ti (sum_l kernel_l k_{t-l,i} v_{t-l,j} + skip k_ti v_tj), head by head (arXiv 2212.14052, alg. 1).
 
-    The heads stand last, being many where they have few channels.
+    There are many heads where they have few channels. The keys have time last, as `long_conv` gives it.
 
     Args:
-        q, k: (B, T, I, H).
+        q: (B, T, I, H).
+        k: (B, I, H, T).
         v: (B, T, J, H).
         kernel: (H, L), its first tap meets the present token. The sum ends with the last tap or the first input.
         skip: (H,).
@@ -30,7 +31,7 @@ def outer_conv(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor, skip: Tensor, *,
         UnsupportedError: an unknown backend, or shapes that do not fit.
     """
     sizes = check_shapes(
-        "outer_conv", q=(q, "BTIH"), k=(k, "BTIH"), v=(v, "BTJH"), kernel=(kernel, "HL"), skip=(skip, "H")
+        "outer_conv", q=(q, "BTIH"), k=(k, "BIHT"), v=(v, "BTJH"), kernel=(kernel, "HL"), skip=(skip, "H")
     )
     if 0 in sizes.values():
         raise UnsupportedError(

@@ -1,7 +1,7 @@
 """Outer products and their read-out, between the model's tensors and products that have time as their last axis.
 
-A program has C tokens of one sequence and BLOCK heads, and takes the pairs of channels i, j one after another. q, k
-(B, T, I, H) and v, y (B, T, J, H) have strides over sequences and tokens; kv and s are (B, I, J, H, T).
+A program has C tokens of one sequence and BLOCK heads, and takes the pairs of channels i, j one after another. q
+(B, T, I, H) and v, y (B, T, J, H) have strides over sequences and tokens; k is (B, I, H, T), kv and s (B, I, J, H, T).
 """
 
 from __future__ import annotations
@@ -34,24 +34,33 @@ def _store(y, values, b, t, h, T, j, inside, J: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def _turned(b, t, h, T, pair, PAIRS: tl.constexpr, H: tl.constexpr):
-    """Where a pair's products stand, (BLOCK, C)."""
-    return ((b * PAIRS + pair) * H + h[:, None]) * T + t[None, :]
+def _turned(b, t, h, T, i, I: tl.constexpr, H: tl.constexpr):
+    """Where channel i, of all I, stands in what has time last, (BLOCK, C)."""
+    return ((b * I + i) * H + h[:, None]) * T + t[None, :]
+
+
+@triton.jit
+def _load_turned(x, at, inside):
+    return tl.load(x + at, mask=tl.trans(inside), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_turned(x, values, at, inside):
+    tl.store(x + at, values.to(x.dtype.element_ty), mask=tl.trans(inside))
 
 
 @triton.jit
 def outer_kernel(
-    k, v, kv, T, k_b, k_t, v_b, v_t,
+    k, v, kv, T, v_b, v_t,
     I: tl.constexpr, J: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """kv_ij = k_i v_j."""
     b, t, h, inside = _place(T, H, C, BLOCK)
-    for i in range(I):
-        b_k = _load(k, b, t, h, k_b, k_t, i, inside, H)
-        for j in range(J):
-            product = b_k * _load(v, b, t, h, v_b, v_t, j, inside, H)
-            to = kv + _turned(b, t, h, T, i * J + j, I * J, H)
-            tl.store(to, tl.trans(product.to(kv.dtype.element_ty)), mask=tl.trans(inside))
+    for j in range(J):
+        b_v = tl.trans(_load(v, b, t, h, v_b, v_t, j, inside, H))
+        for i in range(I):
+            product = b_v * _load_turned(k, _turned(b, t, h, T, i, I, H), inside)
+            _store_turned(kv, product, _turned(b, t, h, T, i * J + j, I * J, H), inside)
 
 
 @triton.jit
@@ -64,8 +73,8 @@ def read_kernel(
     for j in range(J):
         total = tl.zeros((C, BLOCK), tl.float32)
         for i in range(I):
-            b_s = tl.load(s + _turned(b, t, h, T, i * J + j, I * J, H), mask=tl.trans(inside), other=0.0)
-            total += _load(q, b, t, h, q_b, q_t, i, inside, H) * tl.trans(b_s).to(tl.float32)
+            b_s = tl.trans(_load_turned(s, _turned(b, t, h, T, i * J + j, I * J, H), inside))
+            total += b_s * _load(q, b, t, h, q_b, q_t, i, inside, H)
         _store(y, total, b, t, h, T, j, inside, J, H)
 
 
@@ -82,31 +91,27 @@ def read_backward_kernel(
         for j in range(J):
             b_dy = _load(dy, b, t, h, dy_b, dy_t, j, inside, H)
             at = _turned(b, t, h, T, i * J + j, I * J, H)
-            total += tl.trans(tl.load(s + at, mask=tl.trans(inside), other=0.0)).to(tl.float32) * b_dy
-            tl.store(ds + at, tl.trans((b_q * b_dy).to(ds.dtype.element_ty)), mask=tl.trans(inside))
+            total += tl.trans(_load_turned(s, at, inside)) * b_dy
+            _store_turned(ds, tl.trans(b_q * b_dy), at, inside)
         _store(dq, total, b, t, h, T, i, inside, I, H)
 
 
 @triton.jit
-def _contract(a, dkv, y, b, t, h, T, a_b, a_t, inside, given, wanted,
-    GIVEN: tl.constexpr, WANTED: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """y_w = sum_g dkv_gw a_g, whose pairs are `given` and `wanted` apart over g and w."""
-    for w in range(WANTED):
-        total = tl.zeros((C, BLOCK), tl.float32)
-        for g in range(GIVEN):
-            at = _turned(b, t, h, T, g * given + w * wanted, GIVEN * WANTED, H)
-            b_dkv = tl.trans(tl.load(dkv + at, mask=tl.trans(inside), other=0.0))
-            total += b_dkv.to(tl.float32) * _load(a, b, t, h, a_b, a_t, g, inside, H)
-        _store(y, total, b, t, h, T, w, inside, WANTED, H)
-
-
-@triton.jit
 def outer_backward_kernel(
-    dkv, k, v, dk, dv, T, k_b, k_t, v_b, v_t,
+    dkv, k, v, dk, dv, T, v_b, v_t,
     I: tl.constexpr, J: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dk_i = sum_j dkv_ij v_j and dv_j = sum_i dkv_ij k_i."""
     b, t, h, inside = _place(T, H, C, BLOCK)
-    _contract(v, dkv, dk, b, t, h, T, v_b, v_t, inside, 1, J, J, I, H, C, BLOCK)
-    _contract(k, dkv, dv, b, t, h, T, k_b, k_t, inside, J, 1, I, J, H, C, BLOCK)
+    for i in range(I):
+        total = tl.zeros((BLOCK, C), tl.float32)
+        for j in range(J):
+            b_dkv = _load_turned(dkv, _turned(b, t, h, T, i * J + j, I * J, H), inside)
+            total += b_dkv * tl.trans(_load(v, b, t, h, v_b, v_t, j, inside, H))
+        _store_turned(dk, total, _turned(b, t, h, T, i, I, H), inside)
+    for j in range(J):
+        total = tl.zeros((BLOCK, C), tl.float32)
+        for i in range(I):
+            b_dkv = _load_turned(dkv, _turned(b, t, h, T, i * J + j, I * J, H), inside)
+            total += b_dkv * _load_turned(k, _turned(b, t, h, T, i, I, H), inside)
+        _store(dv, tl.trans(total), b, t, h, T, j, inside, J, H)

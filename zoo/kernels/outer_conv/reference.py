@@ -11,6 +11,7 @@ from zoo.kernels.backend import state_dtype
 def outer_conv(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor, skip: Tensor) -> Tensor:
     dtype = q.dtype
     q, k, v, kernel, skip = (x.to(state_dtype(dtype)) for x in (q, k, v, kernel, skip))
+    k = k.permute(0, 3, 1, 2)
     outputs = []
     for t in range(q.shape[1]):
         taps_lH = kernel[:, : t + 1].flip(1).T

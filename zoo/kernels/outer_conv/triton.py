@@ -26,13 +26,13 @@ def outer_conv(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor, skip: Tensor) ->
 @torch.library.custom_op("zoo::outer_conv", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor, skip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, T, J, H), and the products (B, I, J, H, T) before and after the convolution."""
-    B, T, I, H = k.shape
+    B, I, H, T = k.shape
     J = v.shape[2]
     kv = k.new_empty(B, I, J, H, T, dtype=time_dtype(k, B * I * J // len(kernel), T))
     y = q.new_empty(B, T, J, H)
     programs, options = _launch(k, v)
-    k, v, q = _rows(k), _rows(v), _rows(q)
-    kernels.outer_kernel[programs](k, v, kv, T, *k.stride()[:2], *v.stride()[:2], **options)
+    v, q = _rows(v), _rows(q)
+    kernels.outer_kernel[programs](k.contiguous(), v, kv, T, *v.stride()[:2], **options)
     s = convolved(kv.view(-1, H, T), kernel, skip, T).view(kv.shape)
     kernels.read_kernel[programs](q, s, y, T, *q.stride()[:2], **options)
     return y, kv, s
@@ -40,7 +40,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor, skip: Tensor) -> t
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor, skip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, I, H = k.shape
+    B, I, H, T = k.shape
     J = v.shape[2]
     kv = k.new_empty(B, I, J, H, T, dtype=time_dtype(k, B * I * J // len(kernel), T))
     return q.new_empty(B, T, J, H), kv, torch.empty_like(kv)
@@ -52,13 +52,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and dkernel in fp32, whose first tap is dskip as well."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    T, H = k.shape[1], k.shape[3]
+    H, T = k.shape[2:]
     programs, options = _launch(k, v)
-    q, k, v, dy = _rows(q), _rows(k), _rows(v), _rows(dy)
+    q, v, dy = _rows(q), _rows(v), _rows(dy)
     ds = torch.empty_like(kv)
     kernels.read_backward_kernel[programs](dy, q, s, dq, ds, T, *dy.stride()[:2], *q.stride()[:2], **options)
     dkv, dkernel = convolved_backward(ds.view(-1, H, T), kv.view(-1, H, T), kernel, skip)
-    kernels.outer_backward_kernel[programs](dkv, k, v, dk, dv, T, *k.stride()[:2], *v.stride()[:2], **options)
+    kernels.outer_backward_kernel[programs](dkv, k.contiguous(), v, dk, dv, T, *v.stride()[:2], **options)
     return dq, dk, dv, dkernel
 
 
@@ -90,11 +90,11 @@ fold_batch(_backward)
 
 def config_of(k: Tensor) -> Config:
     """chunk: tokens; block: heads."""
-    return Config(chunk=64, block=min(64, triton.next_power_of_2(k.shape[3])), num_warps=4, num_stages=1)
+    return Config(chunk=64, block=min(64, triton.next_power_of_2(k.shape[2])), num_warps=4, num_stages=1)
 
 
 def _launch(k: Tensor, v: Tensor) -> tuple[tuple[int], dict[str, Any]]:
-    B, T, I, H = k.shape
+    B, I, H, T = k.shape
     config = configured("outer_conv", config_of, k)
     programs = B * triton.cdiv(T, config.chunk) * triton.cdiv(H, config.block)
     options = {"I": I, "J": v.shape[2], "H": H, "C": config.chunk, "BLOCK": config.block}
