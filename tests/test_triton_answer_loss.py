@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import pytest
@@ -68,12 +69,27 @@ def test_any_split_gives_the_same(programs, monkeypatch):
     check_op(op("reference", answers), op("triton", answers), a, FP32)
 
 
-def test_predictions():
+@pytest.mark.parametrize("gradient", [False, True])
+def test_predictions(gradient):
+    """Answered right, wrong, and not asked for."""
     a, answers = arguments(50, V=100)
-    got = answer_loss(**a, answers=answers, impl="triton").prediction
     want = answer_loss(**a, answers=answers, impl="reference").prediction
-    assert got.dtype == torch.int64
-    assert torch.equal(got, want)
+    answers = torch.where(torch.arange(50) % 3 == 0, want, answers)
+    with torch.set_grad_enabled(gradient):
+        got = answer_loss(**a, answers=answers, impl="triton").prediction
+        assert got.dtype == torch.int64
+        assert torch.equal(got, want)
+        assert answer_loss(**a, answers=answers, predict=False, impl="triton").prediction.shape == (0,)
+
+
+def test_the_slope_where_the_answer_is_almost_certain():
+    """What is left of the probability counts, not what it rounds to beside 1."""
+    a, answers = arguments(40, D=16)
+    weight, answers = a["weight"].detach(), answers.clamp(min=0)
+    reference, fused = (functools.partial(op(impl, answers), weight=weight) for impl in ("reference", "triton"))
+    hidden = weight[answers].requires_grad_()
+    assert 0 < reference(hidden).median() < 1e-2
+    check_op(reference, fused, {"hidden": hidden}, FP32)
 
 
 def test_large_logits_do_not_overflow():
@@ -97,7 +113,7 @@ def test_all_ignored_and_no_rows():
 def test_a_sound_custom_op():
     a, answers = arguments(9)
     hidden, weight = (x.detach()[None].requires_grad_() for x in a.values())
-    torch.library.opcheck(fused_module._forward, (hidden, weight, answers[None]))
+    torch.library.opcheck(fused_module._forward, (hidden, weight, answers[None], True, True))
 
 
 def test_vmap_over_a_pack_of_models(monkeypatch):

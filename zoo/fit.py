@@ -185,7 +185,8 @@ def mean_loss(model: Model, tokens: Tensor, positions: Tensor, answers: Tensor, 
     Under autocast where the dtype is bfloat16: here, because gradients must not be.
     """
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        return model.answer(tokens, positions, answers).loss.sum() / (answers != IGNORE).sum()
+        loss = model.answer(tokens, positions, answers, predict=False).loss
+        return loss.sum() / (answers != IGNORE).sum()
 
 
 def shuffled(sizes: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[Tensor]:

@@ -21,7 +21,9 @@ class AnswerLoss(NamedTuple):
     prediction: Tensor
 
 
-def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor, *, impl: str | None = None) -> AnswerLoss:
+def answer_loss(
+    hidden: Tensor, weight: Tensor, answers: Tensor, *, predict: bool = True, impl: str | None = None
+) -> AnswerLoss:
     """Cross-entropy and argmax of a linear head, row by row.
 
         logits_m = weight hidden_m
@@ -34,10 +36,12 @@ def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor, *, impl: str | 
         hidden: (M, D).
         weight: (V, D), the head.
         answers: (M,) int64 in [0, V), or -100 for a row to ignore.
+        predict: whether the prediction is wanted, which takes time.
         impl: "reference", "chunked", "triton", or None to choose by device.
 
     Returns:
-        loss (M,) in fp32 (fp64 for fp64 hidden), 0 where ignored; prediction (M,) int64, in every row.
+        loss (M,) in fp32 (fp64 for fp64 hidden), 0 where ignored; prediction (M,) int64, in every row; (0,) where it
+        is not wanted.
 
     Raises:
         UnsupportedError: shapes or the answers' dtype do not fit, or there is no such backend.
@@ -48,4 +52,4 @@ def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor, *, impl: str | 
     module = backend(__name__, IMPLS, impl, hidden.device)
     # Autocast would take the logits in half precision.
     with full_precision(hidden):
-        return AnswerLoss(*module.answer_loss(hidden, weight, answers))
+        return AnswerLoss(*module.answer_loss(hidden, weight, answers, predict))

@@ -20,15 +20,15 @@ CPU_LOGITS = 1 << 19
 GPU_LOGITS = 1 << 25
 
 
-def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor, predict: bool) -> tuple[Tensor, Tensor]:
     dtype = state_dtype(hidden.dtype)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if len(_chunks(hidden, weight)) == 1:
         logits = hidden @ weight.T
         loss = F.cross_entropy(logits, answers, ignore_index=IGNORE, reduction="none")
-        return loss, _max(logits.detach())[1]
+        return loss, _max(logits.detach())[1] if predict else answers[:0]
     ignored = answers == IGNORE
-    loss, prediction = _CrossEntropy.apply(hidden, weight, answers.masked_fill(ignored, 0))
+    loss, prediction = _CrossEntropy.apply(hidden, weight, answers.masked_fill(ignored, 0), predict)
     return loss.masked_fill(ignored, 0), prediction
 
 
@@ -36,12 +36,15 @@ class _CrossEntropy(torch.autograd.Function):
     """Cross-entropy and argmax of every row. The gradient makes the logits again, except the last chunk's: kept."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, answers: Tensor, predict: bool) -> tuple[Tensor, Tensor]:
         log_sum, at_answer = hidden.new_empty(len(hidden)), hidden.new_empty(len(hidden))
-        prediction = torch.empty_like(answers)
+        prediction = torch.empty_like(answers if predict else answers[:0])
         for rows in _chunks(hidden, weight):
             logits = hidden[rows] @ weight.T
-            largest, prediction[rows] = _max(logits)
+            if predict:
+                largest, prediction[rows] = _max(logits)
+            else:
+                largest = logits.amax(1)
             at_answer[rows] = logits.gather(1, answers[rows, None]).squeeze(1)
             total = logits.sub_(largest[:, None]).exp_().sum(1)
             log_sum[rows] = largest + total.log()
@@ -52,7 +55,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, answers, log_sum, slope = ctx.saved_tensors
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for rows in reversed(_chunks(hidden, weight)):
@@ -62,7 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
             d_hidden[rows] = d_loss[rows, None] * (slope @ weight)
             d_weight.addmm_(slope.T, d_loss[rows, None] * hidden[rows])
             slope = None
-        return d_hidden, d_weight, None
+        return d_hidden, d_weight, None, None
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

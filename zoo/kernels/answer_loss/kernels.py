@@ -1,7 +1,8 @@
 """Tiles of logits: made from rows of hidden and rows of the head, used, and dropped.
 
-The forward and both gradients walk one axis of the (M, V) logits in steps, each program a part of that axis. Of more
-than BLOCK_D channels a program keeps the first BLOCK_D of its rows and loads the others at each step.
+All kernels walk one axis of the (M, V) logits in steps, each program a part of the other axis. Of more than BLOCK_D
+channels a program keeps the first BLOCK_D of its rows and loads the others at each step; products of that width come in
+strips of BLOCK_D, each a program's own.
 """
 
 from __future__ import annotations
@@ -24,28 +25,46 @@ def add_products(total, x, n, x_n, X, y, k, y_n, Y, D: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
+def add_slopes(total, slope, b_y, PRECISION: tl.constexpr):
+    """total + slope b_y."""
+    if b_y.dtype == tl.float16:
+        # Slopes can be smaller than fp16 has numbers; tf32 has its precision and the range.
+        return tl.dot(slope, b_y.to(tl.float32), total, input_precision="tf32")
+    return tl.dot(slope.to(b_y.dtype), b_y, total, input_precision=PRECISION)
+
+
+@triton.jit
 def forward_kernel(
-    hidden, weight, largest, total, best, M, V, part, steps, parts, hidden_g, hidden_m, weight_g, weight_v,
+    hidden, weight, answers, largest, total, best, pull, M, V, part, steps, parts,
+    hidden_g, hidden_m, weight_g, weight_v,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GRADIENT: tl.constexpr, PREDICT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program a group, ROWS rows and `steps` blocks of COLUMNS tokens; results (parts, groups, M), `part` apart.
 
     largest: the largest logit; total: the sum of exp(logit - largest); best: the first token with the largest logit.
+    GRADIENT: pull (parts, groups, M, D) is the sum of exp(logit - largest) weight over all tokens but the answer.
     EVEN: COLUMNS divides V.
     """
     blocks = tl.cdiv(M, ROWS)
-    m = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    piece = tl.program_id(0) // blocks % parts
-    group = tl.cast(tl.program_id(0) // (blocks * parts), tl.int64)
+    strips: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D if GRADIENT else 1
+    strip = tl.program_id(0) % strips
+    program = tl.program_id(0) // strips
+    m = program % blocks * ROWS + tl.arange(0, ROWS)
+    piece = program // blocks % parts
+    group = tl.cast(program // (blocks * parts), tl.int64)
     d = tl.arange(0, BLOCK_D)
     hidden += group * hidden_g
     weight += group * weight_g
     b_hidden = load_rows(hidden, m.to(tl.int64), hidden_m, m < M, d, D, BLOCK_D)
     column = tl.arange(0, COLUMNS)
-    b_largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    # A number, for blocks without any token to count.
+    b_largest = tl.full((ROWS,), -1e30, tl.float32)
     b_total = tl.zeros((ROWS,), tl.float32)
     b_best = tl.zeros((ROWS,), tl.int32)
+    if GRADIENT:
+        answer = tl.load(answers + group * M + m, mask=m < M, other=-1).to(tl.int32)
+        b_pull = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for i in range(piece * steps, tl.minimum((piece + 1) * steps, tl.cdiv(V, COLUMNS))):
         v = i * COLUMNS + column
         b_weight = load_rows(weight, v.to(tl.int64), weight_v, v < V, d, D, BLOCK_D)
@@ -53,35 +72,54 @@ def forward_kernel(
         logits = add_products(logits, hidden, m, hidden_m, M, weight, v, weight_v, V, D, BLOCK_D, PRECISION)
         if not EVEN:
             logits = tl.where((v < V)[None, :], logits, float("-inf"))
+        if GRADIENT:
+            logits = tl.where(column[None, :] == (answer - i * COLUMNS)[:, None], float("-inf"), logits)
         highest = tl.max(logits, 1)
-        token = tl.min(tl.where(logits == highest[:, None], column[None, :], COLUMNS), 1)
-        b_best = tl.where(highest > b_largest, token + i * COLUMNS, b_best)
+        if PREDICT:
+            token = tl.min(tl.where(logits == highest[:, None], column[None, :], COLUMNS), 1)
+            b_best = tl.where(highest > b_largest, token + i * COLUMNS, b_best)
         highest = tl.maximum(highest, b_largest)
-        b_total *= tl.exp2((b_largest - highest) * LOG2E)
-        b_total += tl.sum(tl.exp2(logits * LOG2E - (highest * LOG2E)[:, None]), 1)
+        shrink = tl.exp2((b_largest - highest) * LOG2E)
+        p = tl.exp2(logits * LOG2E - (highest * LOG2E)[:, None])
+        b_total = b_total * shrink + tl.sum(p, 1)
         b_largest = highest
+        if GRADIENT:
+            if D > BLOCK_D:
+                b_weight = load_rows(weight, v.to(tl.int64), weight_v, v < V, strip * BLOCK_D + d, D, BLOCK_D)
+            b_pull = add_slopes(b_pull * shrink[:, None], p, b_weight, PRECISION)
     at = tl.cast(piece, tl.int64) * part + group * M + m
-    tl.store(largest + at, b_largest, mask=m < M)
-    tl.store(total + at, b_total, mask=m < M)
-    tl.store(best + at, b_best, mask=m < M)
+    if strip == 0:
+        tl.store(largest + at, b_largest, mask=m < M)
+        tl.store(total + at, b_total, mask=m < M)
+        if PREDICT:
+            tl.store(best + at, b_best, mask=m < M)
+    if GRADIENT:
+        store_rows(pull, b_pull, at, D, m < M, strip * BLOCK_D + d, D, BLOCK_D)
 
 
 @triton.jit
 def combine_kernel(
-    hidden, weight, largest, total, best, answers, loss, log_sum, prediction, M, part, parts,
-    hidden_g, hidden_m, weight_g, weight_v, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    hidden, weight, largest, total, best, pull, answers, loss, log_sum, prediction, slope, M, part, parts,
+    hidden_g, hidden_m, weight_g, weight_v,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, GRADIENT: tl.constexpr,
+    PREDICT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS of all groups' rows a program: the parts' results to loss, prediction, and log_sum in units of log2."""
+    """ROWS of all groups' rows a program: the parts' results to loss, prediction, and log_sum in units of log2.
+
+    GRADIENT: slope (groups, M, D) is the gradient of the loss with respect to hidden.
+    """
     at = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
     live = at < part
     answer = tl.load(answers + at, mask=live, other=-1)
     b_largest = tl.load(largest + at, mask=live, other=0.0)
     b_total = tl.load(total + at, mask=live, other=1.0)
-    b_best = tl.load(best + at, mask=live, other=0)
+    if PREDICT:
+        b_best = tl.load(best + at, mask=live, other=0)
     for i in range(1, parts):
         other = at + tl.cast(i, tl.int64) * part
         highest = tl.load(largest + other, mask=live, other=0.0)
-        b_best = tl.where(highest > b_largest, tl.load(best + other, mask=live, other=0), b_best)
+        if PREDICT:
+            b_best = tl.where(highest > b_largest, tl.load(best + other, mask=live, other=0), b_best)
         shared = tl.maximum(highest, b_largest)
         b_total *= tl.exp2((b_largest - shared) * LOG2E)
         b_total += tl.load(total + other, mask=live, other=1.0) * tl.exp2((highest - shared) * LOG2E)
@@ -95,97 +133,73 @@ def combine_kernel(
         b_hidden = load_rows(hidden, at % M, hidden_m, asked, d, D, BLOCK_D)
         b_weight = load_rows(weight, answer, weight_v, asked, d, D, BLOCK_D)
         at_answer += tl.sum(b_hidden.to(tl.float32) * b_weight.to(tl.float32), 1)
+    if GRADIENT:
+        # The forward kernel has left out the answer.
+        if PREDICT:
+            b_best = tl.where(asked & (at_answer > b_largest), answer.to(tl.int32), b_best)
+        shared = tl.where(asked, tl.maximum(b_largest, at_answer), b_largest)
+        others = b_total * tl.exp2((b_largest - shared) * LOG2E)
+        b_total = others + tl.where(asked, tl.exp2((at_answer - shared) * LOG2E), 0.0)
+        b_largest = shared
     b_log_sum = b_largest * LOG2E + tl.log2(b_total)
     # In this order the large numbers cancel first.
     b_loss = tl.where(asked, (b_largest - at_answer) + tl.log2(b_total) / LOG2E, 0.0)
     tl.store(loss + at, b_loss, mask=live)
-    tl.store(log_sum + at, b_log_sum, mask=live)
-    tl.store(prediction + at, b_best.to(tl.int64), mask=live)
-
-
-@triton.jit
-def gradient(
-    x, x_n, y, y_n, answers, log_sum, dloss, out, block, strip, first, last, X, Y,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
-    OF_HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Of BLOCK_X rows of x, hidden (OF_HIDDEN) or the head, the part that blocks first..last of the other, y, give.
-
-    In BLOCK_D channels, the `strip`-th such block.
-    """
-    n = block * BLOCK_X + tl.arange(0, BLOCK_X)
-    d = tl.arange(0, BLOCK_D)
-    b_x = load_rows(x, n.to(tl.int64), x_n, n < X, d, D, BLOCK_D)
-    if OF_HIDDEN:
-        answer = tl.load(answers + n, mask=n < X, other=-1).to(tl.int32)
-        b_log_sum = tl.load(log_sum + n, mask=n < X, other=0.0)
-        scale = tl.where(answer >= 0, tl.load(dloss + n, mask=n < X, other=0.0), 0.0)
-    column = tl.arange(0, BLOCK_Y)
-    total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
-    for i in range(first, last):
-        k = i * BLOCK_Y + column
-        b_y = load_rows(y, k.to(tl.int64), y_n, k < Y, d, D, BLOCK_D)
-        logits = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
-        logits = add_products(logits, x, n, x_n, X, y, k, y_n, Y, D, BLOCK_D, PRECISION)
-        if D > BLOCK_D:
-            b_y = load_rows(y, k.to(tl.int64), y_n, k < Y, strip * BLOCK_D + d, D, BLOCK_D)
-        if OF_HIDDEN:
-            # Tokens past the vocabulary have a weight of zero here.
-            p = tl.exp2(logits * LOG2E - b_log_sum[:, None])
-            slope = tl.where(column[None, :] == (answer - i * BLOCK_Y)[:, None], p - 1, p)
-        else:
-            answer = tl.load(answers + k, mask=k < Y, other=-1).to(tl.int32)
-            b_log_sum = tl.load(log_sum + k, mask=k < Y, other=0.0)
-            scale = tl.where(answer >= 0, tl.load(dloss + k, mask=k < Y, other=0.0), 0.0)
-            p = tl.exp2(logits * LOG2E - b_log_sum[None, :])
-            slope = tl.where(n[:, None] == answer[None, :], p - 1, p) * scale[None, :]
-        if b_y.dtype == tl.float16:
-            # Slopes can be smaller than fp16 has numbers; tf32 has its precision and the range.
-            total = tl.dot(slope, b_y.to(tl.float32), total, input_precision="tf32")
-        else:
-            total = tl.dot(slope.to(b_y.dtype), b_y, total, input_precision=PRECISION)
-    if OF_HIDDEN:
-        total *= scale[:, None]
-    store_rows(out, total, n.to(tl.int64), D, n < X, strip * BLOCK_D + d, D, BLOCK_D)
+    # No token of a row that is ignored has a slope.
+    tl.store(log_sum + at, tl.where(asked, b_log_sum, float("inf")), mask=live)
+    if PREDICT:
+        tl.store(prediction + at, b_best.to(tl.int64), mask=live)
+    if GRADIENT:
+        others = -others / b_total
+        for first in range(0, D, BLOCK_D):
+            d = first + tl.arange(0, BLOCK_D)
+            b_slope = load_rows(weight, answer, weight_v, asked, d, D, BLOCK_D).to(tl.float32) * others[:, None]
+            for i in range(parts):
+                other = at + tl.cast(i, tl.int64) * part
+                share = tl.exp2(tl.load(largest + other, mask=live, other=0.0) * LOG2E - b_log_sum)
+                b_slope += load_rows(pull, other, D, asked, d, D, BLOCK_D) * share[:, None]
+            store_rows(slope, b_slope, at, D, live, d, D, BLOCK_D)
 
 
 @triton.jit
 def backward_kernel(
-    hidden, weight, answers, log_sum, dloss, dhidden, dweight, M, V, groups, hidden_steps, hidden_parts, weight_steps,
-    weight_parts, hidden_g, hidden_m, weight_g, weight_v, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    hidden, weight, answers, log_sum, dloss, dweight, M, V, groups, steps, parts,
+    hidden_g, hidden_m, weight_g, weight_v, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program a group and a part of the gradient of ROWS rows and BLOCK_D channels, of hidden or of the head.
+    """One program a group, ROWS tokens of the head, BLOCK_D channels and `steps` blocks of COLUMNS rows of hidden.
 
-    dhidden (hidden_parts, groups, M, D), dweight (weight_parts, groups, V, D): parts to be summed.
+    dweight (parts, groups, V, D), parts to be summed.
     """
-    hidden_blocks = tl.cdiv(M, ROWS)
-    weight_blocks = tl.cdiv(V, ROWS)
-    of_hidden = hidden_blocks * hidden_parts
-    programs = of_hidden + weight_blocks * weight_parts
     strips: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     strip = tl.program_id(0) % strips
-    group = tl.cast(tl.program_id(0) // (strips * programs), tl.int64)
-    role = tl.program_id(0) // strips % programs
+    program = tl.program_id(0) // strips
+    blocks = tl.cdiv(V, ROWS)
+    block = program % blocks
+    piece = program // blocks % parts
+    group = tl.cast(program // (blocks * parts), tl.int64)
     hidden += group * hidden_g
     weight += group * weight_g
     answers += group * M
     log_sum += group * M
     dloss += group * M
-    if role < of_hidden:
-        piece = role // hidden_blocks
-        gradient(
-            hidden, hidden_m, weight, weight_v, answers, log_sum, dloss, dhidden + (piece * groups + group) * M * D,
-            role % hidden_blocks, strip,
-            piece * hidden_steps, tl.minimum((piece + 1) * hidden_steps, tl.cdiv(V, COLUMNS)), M, V,
-            D, BLOCK_D, ROWS, COLUMNS, True, PRECISION,
-        )  # fmt: skip
-    else:
-        role -= of_hidden
-        piece = role // weight_blocks
-        gradient(
-            weight, weight_v, hidden, hidden_m, answers, log_sum, dloss, dweight + (piece * groups + group) * V * D,
-            role % weight_blocks, strip,
-            piece * weight_steps, tl.minimum((piece + 1) * weight_steps, tl.cdiv(M, COLUMNS)), V, M,
-            D, BLOCK_D, ROWS, COLUMNS, False, PRECISION,
-        )  # fmt: skip
+    v = block * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    b_weight = load_rows(weight, v.to(tl.int64), weight_v, v < V, d, D, BLOCK_D)
+    row = tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for i in range(piece * steps, tl.minimum((piece + 1) * steps, tl.cdiv(M, COLUMNS))):
+        m = i * COLUMNS + row
+        b_hidden = load_rows(hidden, m.to(tl.int64), hidden_m, m < M, d, D, BLOCK_D)
+        logits = tl.dot(b_weight, tl.trans(b_hidden), input_precision=PRECISION)
+        logits = add_products(logits, weight, v, weight_v, V, hidden, m, hidden_m, M, D, BLOCK_D, PRECISION)
+        if D > BLOCK_D:
+            b_hidden = load_rows(hidden, m.to(tl.int64), hidden_m, m < M, strip * BLOCK_D + d, D, BLOCK_D)
+        answer = tl.load(answers + m, mask=m < M, other=-1).to(tl.int32)
+        b_log_sum = tl.load(log_sum + m, mask=m < M, other=float("inf"))
+        scale = tl.load(dloss + m, mask=m < M, other=0.0)
+        p = tl.exp2(logits * LOG2E - b_log_sum[None, :])
+        p = p * scale[None, :] - tl.where(v[:, None] == answer[None, :], scale[None, :], 0.0)
+        total = add_slopes(total, p, b_hidden, PRECISION)
+    at = (piece * groups + group) * V + v
+    store_rows(dweight, total, at.to(tl.int64), D, v < V, strip * BLOCK_D + d, D, BLOCK_D)

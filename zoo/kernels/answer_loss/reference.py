@@ -8,8 +8,9 @@ from torch import Tensor
 from zoo.kernels.backend import state_dtype
 
 
-def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor, predict: bool) -> tuple[Tensor, Tensor]:
     """-log softmax(weight hidden)[answer], and the argmax. See `zoo.kernels.answer_loss`."""
     accumulate = state_dtype(hidden.dtype)
     logits = hidden.to(accumulate) @ weight.to(accumulate).T
-    return F.cross_entropy(logits, answers, ignore_index=-100, reduction="none"), logits.detach().argmax(dim=-1)
+    loss = F.cross_entropy(logits, answers, ignore_index=-100, reduction="none")
+    return loss, logits.detach().argmax(dim=-1) if predict else answers[:0]
