@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.delta_rule import delta_rule, generalized_delta_rule
+from zoo.kernels.delta_rule import delta_rule, generalized_delta_rule, packed_delta_rule
 
 DECAYS = ["none", "step", "channel"]
 
@@ -114,6 +114,24 @@ def test_no_state_is_a_state_of_zeros_and_may_be_left_out(rule, impl):
     o_alone, nothing = rule(**arguments, return_state=False, impl=impl)
     assert nothing is None
     assert torch.equal(o_alone, o)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "step"])
+@pytest.mark.parametrize("decay", ["none", "step"])
+def test_packed_delta_rule_is_the_rule_of_unit_keys_and_of_queries_shorter_by_the_root_of_their_size(decay, impl):
+    x = {name: t.detach() for name, t in problem(delta_rule, 1 if impl == "step" else 20, decay).items()}
+    q, k, v = (torch.randn(*x[name].shape, dtype=torch.float64) for name in "qkv")
+    own = {name: t for name, t in x.items() if name not in "qkv"}
+    want = delta_rule(normalize(q) / 5**0.5, normalize(k), v, **own, impl=impl)
+    qkv = torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], dim=2)
+    for got, expected in zip(packed_delta_rule(qkv, **own, key_dim=5, eps=0.0, impl=impl), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(("channels", "key_dim"), [(26, 4), (16, 4), (12, 4)])
+def test_packed_delta_rule_says_what_does_not_fit(channels, key_dim):
+    with pytest.raises(UnsupportedError, match=f"{channels} channels"):
+        packed_delta_rule(torch.zeros(1, 2, channels), torch.zeros(1, 2, 3 if channels == 26 else 2), key_dim=key_dim)
 
 
 @pytest.mark.parametrize("decay", DECAYS)

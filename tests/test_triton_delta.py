@@ -9,7 +9,7 @@ import torch
 from triton_cases import EXTREME_DECAYS, LENGTHS, decays, inputs
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.delta_rule import delta_rule, generalized_delta_rule
+from zoo.kernels.delta_rule import delta_rule, generalized_delta_rule, packed_delta_rule
 from zoo.testing.ops import check_op
 from zoo.testing.tolerances import TOLERANCES
 
@@ -44,6 +44,13 @@ def arguments(name, T, decay=None, *, extreme=None, state=True, dtype=torch.floa
     return x
 
 
+def packed(T, decay=None, *, H=1, K=17, V=5, **sizes):
+    """What `packed_delta_rule` takes: queries, keys and values in one, of any length."""
+    x = arguments("delta_rule", T, decay, H=H, K=K, V=V, **sizes)
+    size = {"H": H, "C": H * (2 * K + V), **sizes}
+    return inputs(T, {"qkv": "BTC"}, **{"B": 1} | size) | {key: x[key] for key in x if key not in "qkv"}
+
+
 def check(name, x, dtype=torch.float32, **options):
     rule = partial(RULES[name], **options)
     check_op(partial(rule, impl="reference"), partial(rule, impl="triton"), x, TOLERANCES[name][dtype])
@@ -53,6 +60,13 @@ def check(name, x, dtype=torch.float32, **options):
 @pytest.mark.parametrize("T", LENGTHS)
 def test_delta_rule_is_the_recurrence(T, name, decay):
     check(name, arguments(name, T, decay))
+
+
+@pytest.mark.parametrize("decay", [None, "step"])
+def test_packed_delta_rule_is_the_recurrence(decay):
+    rule = partial(packed_delta_rule, key_dim=17)
+    x = packed(18, decay, B=2, H=2)
+    check_op(partial(rule, impl="reference"), partial(rule, impl="triton"), x, TOLERANCES["delta_rule"][torch.float32])
 
 
 @pytest.mark.parametrize("T", LENGTHS)
@@ -166,20 +180,25 @@ def test_vmap_folds_the_batch(name, decay):
 
 @pytest.mark.parametrize(("name", "decay"), [("delta_rule", "step"), ("generalized_delta_rule", "channel")])
 def test_vmap_of_the_backward_ops(name, decay):
-    forward, backward = getattr(torch.ops.zoo, name), getattr(torch.ops.zoo, f"{name}_backward")
-    optional = ("beta", "decay", "initial_state")
-    if name == "delta_rule":
-        inputs, saved, before, after = (*"qkv", *optional), (*"qk", *optional), (), ()
-    else:
-        inputs, saved, before, after = (*"qkvab", *optional), (*"qkvab", *optional), (None,), (None, True)
-    given = []
+    ops, given = torch.ops.zoo, []
     for seed in range(2):
         x = {key: t.detach() for key, t in arguments(name, 3, decay, K=3, V=3, seed=seed).items()}
-        o, S, *kept = forward(*map(x.get, inputs), *before, True, True)
-        given.append([*(x[key] for key in saved if key in x), *kept, o, S])
+        if name == "delta_rule":
+            others = x["beta"], x["decay"], x["initial_state"]
+            o, S, *kept = ops.delta_rule([x[key] for key in "qkv"], *others, 3, None, True, True)
+        else:
+            tensors = *(x[key] for key in "qkvab"), None, x["decay"], x["initial_state"]
+            o, S, *kept = ops.generalized_delta_rule(*tensors, None, True, True)
+        given.append([*x.values(), *kept, o, S])
+    places = {key: place for place, key in enumerate(x)}
 
     def run(*tensors):
-        return backward(*tensors[:5], None, *tensors[5:], *after) if after else backward(*tensors)
+        own, rest = {key: tensors[place] for key, place in places.items()}, tensors[len(places) :]
+        if name == "delta_rule":
+            others = own["beta"], own["decay"], own["initial_state"]
+            return ops.delta_rule_backward([own[key] for key in "qkv"], *others, *rest, 3, None)
+        before = *(own[key] for key in "qkvab"), None, own["decay"], own["initial_state"]
+        return ops.generalized_delta_rule_backward(*before, *rest, None, True)
 
     together = torch.func.vmap(run)(*map(torch.stack, zip(*given, strict=True)))
     for n, tensors in enumerate(given):
@@ -190,7 +209,13 @@ def test_vmap_of_the_backward_ops(name, decay):
 @pytest.mark.parametrize("decay", [None, "step"])
 def test_opcheck_delta_rule(decay):
     x = arguments("delta_rule", 2, decay, K=3, V=3)
-    given = (x["q"], x["k"], x["v"], x["beta"], x.get("decay"), x["initial_state"], True, True)
+    given = ([x["q"], x["k"], x["v"]], x["beta"], x.get("decay"), x["initial_state"], 3, None, True, True)
+    torch.library.opcheck(torch.ops.zoo.delta_rule.default, given)
+
+
+def test_opcheck_packed_delta_rule():
+    x = packed(2, "step", K=3, V=3)
+    given = ([x["qkv"]], x["beta"], x["decay"], x["initial_state"], 3, 1e-6, True, True)
     torch.library.opcheck(torch.ops.zoo.delta_rule.default, given)
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from zoo.kernels.backend import state_dtype
-from zoo.kernels.delta_rule import delta_rule
+from zoo.kernels.delta_rule import packed_delta_rule
 from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.projections import projections
 from zoo.kernels.short_conv import MAX_WIDTH, short_conv
@@ -74,12 +74,12 @@ class DeltaNet(ReadoutMixer):
         qkv, cache = short_conv(
             qkv, self.conv_weight, activation="silu", initial_state=cache, return_state=return_state
         )
-        q, k, v = (y.unflatten(-1, (self.config.num_heads, -1)) for y in qkv.split(self.splits, dim=-1))
-        q, k = normalize(q, self.key_dim**-0.5), normalize(k)
         beta = torch.sigmoid(beta)
         if self.config.allow_neg_eigval:
             beta = 2 * beta
-        o, S = delta_rule(q, k, v, beta, self.decay(others), initial_state=S, return_state=return_state)
+        o, S = packed_delta_rule(
+            qkv, beta, self.decay(others), key_dim=self.key_dim, initial_state=S, return_state=return_state
+        )
         y = self.out(self.readout(pick(o), others, pick).flatten(2))
         return y, None if cache is None or S is None else DeltaNetState(cache, S)
 
@@ -94,9 +94,3 @@ class DeltaNet(ReadoutMixer):
     def readout(self, o: Tensor, projected: list[Tensor], pick: Pick) -> Tensor:
         """What was read from the state, o (B, Q, H, V), made ready for the output projection."""
         return gated_norm(o, None, self.norm_weight)
-
-
-def normalize(x: Tensor, length: float = 1.0, eps: float = 1e-6) -> Tensor:
-    """x (B, T, H, K) * length / |x| over the last axis; smooth at 0."""
-    K = x.shape[-1]
-    return gated_norm(x, scale=length * K**-0.5, eps=eps / K)

@@ -47,7 +47,7 @@ class GatedDeltaNet(DeltaNet):
         return [*super().layers(), self.alpha, *([] if self.gate is None else [self.gate])]
 
     def decay(self, projected: list[Tensor]) -> Tensor:
-        return -self.A_log.exp() * activation(projected[0], self.dt_bias, "softplus")
+        return self.A_log.exp() * activation(projected[0], self.dt_bias, "softplus", scale=-1.0)
 
     def readout(self, o: Tensor, projected: list[Tensor], pick: Pick) -> Tensor:
         return gated_norm(o, None if self.gate is None else pick(projected[1]).view_as(o), self.norm_weight)

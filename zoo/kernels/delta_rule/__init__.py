@@ -6,6 +6,7 @@ from torch import Tensor
 
 from zoo.errors import UnsupportedError
 from zoo.kernels.backend import backend, full_precision, step_backend
+from zoo.kernels.gated_norm import gated_norm
 from zoo.kernels.shapes import check_shapes
 
 IMPLS = ("reference", "chunked", "triton", "step", "step_triton")
@@ -68,6 +69,59 @@ def delta_rule(
         return run(q, k, v, beta, decay, min_decay=min_decay, initial_state=initial_state, return_state=return_state)
 
 
+def packed_delta_rule(
+    qkv: Tensor,
+    beta: Tensor,
+    decay: Tensor | None = None,
+    *,
+    key_dim: int,
+    eps: float = 1e-6,
+    initial_state: Tensor | None = None,
+    return_state: bool = True,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`delta_rule` of q / (sqrt(K) |q|), k / |k| and v that lie side by side, as one linear layer makes them.
+
+    |x| is sqrt(sum x^2 + eps), so that nothing is divided by 0.
+
+    Args:
+        qkv: (B, T, H (2 K + V)), T >= 1: q of all heads, then k, then v.
+        beta: (B, T, H).
+        decay: (B, T, H), or None.
+        key_dim: K.
+        initial_state, return_state, impl: as in `delta_rule`.
+
+    Returns:
+        o (B, T, H, V) in qkv's dtype, and S_T (B, H, K, V) in fp32 (fp64 for fp64 qkv).
+
+    Raises:
+        UnsupportedError: shapes do not fit, or there is no such backend.
+
+    References:
+        arXiv 2406.06484, section 3.3.
+    """
+    sizes = check_shapes("packed_delta_rule", qkv=(qkv, "BTC"), beta=(beta, "BTH"), decay=(decay, "BTH"))
+    H, C = sizes["H"], sizes["C"]
+    if C % H or 2 * H * key_dim >= C:
+        raise UnsupportedError(
+            f"packed_delta_rule: qkv has {C} channels; {H} heads with keys of {key_dim} need {2 * H * key_dim} and a "
+            f"multiple of {H} for the values."
+        )
+    q, k, v = split_heads(qkv, H, key_dim)
+    check_shapes("packed_delta_rule", q=(q, "BTHK"), v=(v, "BTHV"), initial_state=(initial_state, "BHKV"))
+    _check("packed_delta_rule", sizes["T"], None)
+    impl = impl or step_backend(sizes["T"], initial_state, return_state, qkv, beta, decay, initial_state)
+    module = backend(__name__, IMPLS, impl, qkv.device)
+    if hasattr(module, "packed_delta_rule"):
+        with full_precision(qkv):
+            return module.packed_delta_rule(qkv, beta, decay, key_dim, eps, initial_state, return_state)
+    plain = impl if impl in ("reference", "chunked") else None
+    # An rms norm makes the length sqrt(K).
+    q = gated_norm(q, scale=1 / key_dim, eps=eps / key_dim, impl=plain)
+    k = gated_norm(k, scale=key_dim**-0.5, eps=eps / key_dim, impl=plain)
+    return delta_rule(q, k, v, beta, decay, initial_state=initial_state, return_state=return_state, impl=impl)
+
+
 def generalized_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -118,6 +172,13 @@ def generalized_delta_rule(
     run = backend(__name__, IMPLS, impl, v.device).generalized_delta_rule
     with full_precision(v):
         return run(q, k, v, a, b, decay, min_decay=min_decay, initial_state=initial_state, return_state=return_state)
+
+
+def split_heads(qkv: Tensor, num_heads: int, key_dim: int) -> list[Tensor]:
+    """q, k (B, T, H, K) and v (B, T, H, V) of what `packed_delta_rule` takes."""
+    keys = num_heads * key_dim
+    parts = qkv.split([keys, keys, qkv.shape[2] - 2 * keys], dim=2)
+    return [part.unflatten(2, (num_heads, -1)) for part in parts]
 
 
 def _decay_letters(decay: Tensor | None) -> str:

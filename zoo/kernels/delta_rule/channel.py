@@ -32,20 +32,21 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the last state, and what the gradients need: u, the states before the chunks, the decayed q, b and k, and W,
-    squares, since and totals of `walks.Chunks`. Without return_state or keep these have no elements. Instead of a and b
+    squares, since and totals. Without return_state or keep these have no elements. Instead of a and b
     beta makes it the delta rule."""
     delta = beta is not None
     q, k, v, a, b, beta, strides = _given(q, k, v, a, b, beta)
     B, T, H, K = q.shape
     V = v.shape[-1]
     decayed, *memory = _memory(q, v, min_decay)
-    chunks = _chunks(q, *memory)
-    C = chunks.squares.shape[-1]
+    W, squares, since, totals = memory
+    chunks = _chunks(W, squares, totals)
+    C = squares.shape[-1]
     bounded = _bounded(q, min_decay, C)
     U = q.new_empty(B, H, T, V)
     config = configured("generalized_delta_rule.prepare", prepare_config, q, v)
     channel_kernels.prepare_kernel[(B * H * triton.cdiv(T, C),)](
-        q, k, v, a, b, beta, decay, decayed, chunks.since, chunks.W, U, chunks.squares, chunks.totals, T, H,
+        q, k, v, a, b, beta, decay, decayed, since, W, U, squares, totals, T, H,
         *strides, *decay.stride(),
         K=K, V=V, BLOCK_K=min(config.block, padded(K)), BLOCK_V=min(config.block, padded(V)), C=C,
         HALVINGS=C.bit_length() - 1, BOUNDED=bounded, DELTA=delta, PRECISION=precision(q),
@@ -112,7 +113,7 @@ def backward(
     dfirst = empty_like(initial_state, q)
     dr = torch.empty_like(u)
     read, written, _ = _walked(decayed)
-    chunks = _chunks(q, W, squares, since, totals)
+    chunks = _chunks(W, squares, totals)
     dstates = walks.backward(
         "generalized_delta_rule", read, written, chunks, do, dlast, dr.transpose(1, 2), dfirst,
         decays=True, channels=True, bounded=bounded,
@@ -223,8 +224,8 @@ def _memory(q: Tensor, v: Tensor, min_decay: float | None) -> tuple[Tensor, Tens
     )
 
 
-def _chunks(q: Tensor, W: Tensor, squares: Tensor, since: Tensor, totals: Tensor) -> walks.Chunks:
-    return walks.Chunks(W=W, squares=squares, since=since, writes=totals[:0], totals=totals)
+def _chunks(W: Tensor, squares: Tensor, totals: Tensor) -> walks.Chunks:
+    return walks.Chunks(W=W, squares=squares, reads=totals[:0], writes=totals[:0], totals=totals)
 
 
 def _walked(decayed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

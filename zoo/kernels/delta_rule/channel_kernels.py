@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.kernels.delta_rule.triangles import inverse, load_steps, pairs_of_halves, store_square
+from zoo.kernels.delta_rule.triangles import inverse, pairs_of_halves, store_square
 from zoo.kernels.delta_rule.walk_kernels import inner, outer, through
 from zoo.kernels.tiles import LOG2E, load_rows, store_rows
 
@@ -47,6 +47,25 @@ def load_decays(g, row, stride_t, stride_c, live, i, K: tl.constexpr):
     """Log2 decays of steps and channels. Below -1000 nothing is left anyway."""
     x = tl.load(g + row[:, None] * stride_t + i[None, :] * stride_c, mask=live[:, None] & (i < K)[None, :], other=0.0)
     return tl.maximum(x.to(tl.float32) * LOG2E, -1000.0)
+
+
+@triton.jit
+def load_vectors(
+    q, k, a, b, beta, row, q_t, k_t, a_t, b_t, beta_t, live, i,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, DELTA: tl.constexpr,
+):  # fmt: skip
+    """Of the steps of a chunk, where the pointers stand: q, the keys, a and b."""
+    b_q = load_rows(q, row, q_t, live, i, K, BLOCK_K)
+    b_k = load_rows(k, row, k_t, live, i, K, BLOCK_K)
+    if DELTA:
+        b_a = b_k
+        b_beta = tl.load(beta + row * beta_t, mask=live, other=0.0).to(tl.float32)
+        b_k = (b_k * b_beta[:, None]).to(b_a.dtype)
+        b_b = -b_k
+    else:
+        b_a = load_rows(a, row, a_t, live, i, K, BLOCK_K)
+        b_b = load_rows(b, row, b_t, live, i, K, BLOCK_K)
+    return b_q, b_k, b_a, b_b
 
 
 @triton.jit
@@ -84,6 +103,12 @@ def prepare_kernel(
     at = chunk % chunks * C
     row = tl.arange(0, C)
     live = at + row < T
+    q += n * q_n + h * q_h + at * q_t
+    k += n * k_n + h * k_h + at * k_t
+    a += n * a_n + h * a_h + at * a_t
+    b += n * b_n + h * b_h + at * b_t
+    beta += n * beta_n + h * beta_h + at * beta_t
+    g += n * g_n + h * g_h + at * g_t
     size = tl.cast(T, tl.int64) * K
     decayed += head * (4 if BOUNDED else 3) * size + at * K
     since += (head * T + at) * K
@@ -97,16 +122,8 @@ def prepare_kernel(
     far_a = tl.zeros((C, BLOCK_K), dtype)
     for column in range(0, K, BLOCK_K):
         i = column + tl.arange(0, BLOCK_K)
-        b_q = load_rows(q + n * q_n + h * q_h + at * q_t, row, q_t, live, i, K, BLOCK_K)
-        b_k = load_rows(k + n * k_n + h * k_h + at * k_t, row, k_t, live, i, K, BLOCK_K)
-        if DELTA:
-            b_a = b_k
-            b_k = (b_k * load_steps(beta + n * beta_n + h * beta_h, at, row, beta_t, T)[:, None]).to(dtype)
-            b_b = -b_k
-        else:
-            b_a = load_rows(a + n * a_n + h * a_h + at * a_t, row, a_t, live, i, K, BLOCK_K)
-            b_b = load_rows(b + n * b_n + h * b_h + at * b_t, row, b_t, live, i, K, BLOCK_K)
-        b_g = load_decays(g + n * g_n + h * g_h + at * g_t, row, g_t, g_c, live, i, K)
+        b_q, b_k, b_a, b_b = load_vectors(q, k, a, b, beta, row, q_t, k_t, a_t, b_t, beta_t, live, i, K, BLOCK_K, DELTA)
+        b_g = load_decays(g, row, g_t, g_c, live, i, K)
         if BOUNDED:
             b_since = tl.cumsum(b_g, 0)
             middle = tl.floor(tl.sum(tl.where((row < C // 2)[:, None], b_g, 0.0), 0))
@@ -202,6 +219,12 @@ def gradient_kernel(
     live = at + row < T
     i = tl.arange(0, BLOCK_K)
     tokens = (n * T + at) * H + h
+    q += n * q_n + h * q_h + at * q_t
+    k += n * k_n + h * k_h + at * k_t
+    a += n * a_n + h * a_h + at * a_t
+    b += n * b_n + h * b_h + at * b_t
+    beta += n * beta_n + h * beta_h + at * beta_t
+    g += n * g_n + h * g_h + at * g_t
     u += (head * T + at) * V
     dr += (head * T + at) * V
     v += n * v_n + h * v_h + at * v_t
@@ -286,16 +309,8 @@ def gradient_kernel(
             if not DELTA:
                 b_dg -= by_a
     else:
-        b_q = load_rows(q + n * q_n + h * q_h + at * q_t, row, q_t, live, i, K, BLOCK_K)
-        b_k = load_rows(k + n * k_n + h * k_h + at * k_t, row, k_t, live, i, K, BLOCK_K)
-        if DELTA:
-            b_a = b_k
-            b_k = (b_k * load_steps(beta + n * beta_n + h * beta_h, at, row, beta_t, T)[:, None]).to(dtype)
-            b_b = -b_k
-        else:
-            b_a = load_rows(a + n * a_n + h * a_h + at * a_t, row, a_t, live, i, K, BLOCK_K)
-            b_b = load_rows(b + n * b_n + h * b_h + at * b_t, row, b_t, live, i, K, BLOCK_K)
-        b_g = load_decays(g + n * g_n + h * g_h + at * g_t, row, g_t, g_c, live, i, K)
+        b_q, b_k, b_a, b_b = load_vectors(q, k, a, b, beta, row, q_t, k_t, a_t, b_t, beta_t, live, i, K, BLOCK_K, DELTA)
+        b_g = load_decays(g, row, g_t, g_c, live, i, K)
         b_since, before, until = sums(b_g, C, DELTA, PRECISION)
         left = tl.exp2(until)
         b_dq = through(do, do_t, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * tl.exp2(b_since)
@@ -354,9 +369,9 @@ def gradient_kernel(
             store_rows(db + out, b_db, row, H * K, live, i, K, BLOCK_K)
     if DELTA:
         b_dk -= b_db
-        b_k = load_rows(k + n * k_n + h * k_h + at * k_t, row, k_t, live, i, K, BLOCK_K)
+        b_k = load_rows(k, row, k_t, live, i, K, BLOCK_K)
         tl.store(dbeta + tokens + row * H, tl.sum(b_dk * b_k, 1).to(dbeta.dtype.element_ty), mask=live)
-        b_beta = load_steps(beta + n * beta_n + h * beta_h, at, row, beta_t, T)
+        b_beta = tl.load(beta + row * beta_t, mask=live, other=0.0).to(tl.float32)
         b_dk = b_dk * b_beta[:, None] + b_da
     store_rows(dk + out, b_dk, row, H * K, live, i, K, BLOCK_K)
     if DECAY_GRADIENT:

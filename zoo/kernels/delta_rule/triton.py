@@ -29,8 +29,24 @@ def delta_rule(
     if decay is not None and decay.dim() == 4:
         o, S, *_ = channel.forward(q, k, values, None, None, beta, decay, S, min_decay, return_state, keep)
     else:
-        o, S, *_ = scalar.forward(q, k, values, beta, decay, S, return_state, keep)
+        o, S, *_ = scalar.forward([q, k, values], beta, decay, S, q.shape[-1], None, return_state, keep)
     return o.to(v.dtype), S if return_state else None
+
+
+def packed_delta_rule(
+    qkv: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    key_dim: int,
+    eps: float,
+    initial_state: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    q, k, v = scalar.heads([qkv], beta, key_dim)
+    _check("packed_delta_rule", q, k, v)
+    S = None if initial_state is None else initial_state.float()
+    o, S, *_ = scalar.forward([qkv], beta, decay, S, key_dim, eps, return_state, torch.is_grad_enabled())
+    return o, S if return_state else None
 
 
 def generalized_delta_rule(

@@ -19,8 +19,8 @@ sometimes miscompile on Hopper.
 CHANNELS: the generalised rule, with squares X, P^b, A^k, P^k, and q, b and k that have the decay inside the chunk in
 them, from and to its borders, and totals (B, H, chunks, K) across it; BOUNDED: from and to its middle, and totals
 (B, H, chunks, 2, K) of its two halves, and the states are those that decayed through the first half. Else the scalar
-rule, with squares X, P, and b is k, to be scaled by writes (B, H, T); where there is a decay, q is to be scaled by
-2^since (B, H, T), and totals (B, H, chunks) are log2 of what is left across a chunk.
+rule, with squares X, P, and b is k, to be scaled by writes (B, H, T); SCALED: q is to be scaled by reads (B, H, T).
+Where there is a decay, totals (B, H, chunks) are log2 of what is left across a chunk.
 """
 
 from __future__ import annotations
@@ -42,12 +42,38 @@ def store_transposed(x, values, row, stride, live, column, size: tl.constexpr, b
 
 
 @triton.jit
+def load_factors(
+    reads, writes, totals, at, row, live, i,
+    K: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, BOUNDED: tl.constexpr, DECAYS: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """Of the chunk at `at`, what multiplies q and b, by step, and the state: BOUNDED before and after, else in it."""
+    read = 1.0
+    write = 1.0
+    first_half = 1.0
+    total = 1.0
+    if BOUNDED:
+        totals += at // C * (2 * K) + i
+        first_half = tl.load(totals, mask=i < K, other=0.0)[None, :]
+        total = tl.load(totals + K, mask=i < K, other=0.0)[None, :]
+    elif CHANNELS:
+        total = tl.load(totals + at // C * K + i, mask=i < K, other=0.0)[None, :]
+    else:
+        write = tl.load(writes + at + row, mask=live, other=0.0)
+        if SCALED:
+            read = tl.load(reads + at + row, mask=live, other=0.0)
+        if DECAYS:
+            total = tl.exp2(tl.load(totals + at // C))
+    return read, write, first_half, total
+
+
+@triton.jit
 def forward_kernel(
-    q, b, k, v, W, U, squares, since, writes, totals, first, o, u, states, last, T, H,
+    q, b, k, v, W, U, squares, reads, writes, totals, first, o, u, states, last, T, H,
     q_n, q_t, q_h, b_n, b_t, b_h, k_n, k_t, k_h, v_n, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, PADDED_V: tl.constexpr, BLOCK: tl.constexpr,
     C: tl.constexpr, CHANNELS: tl.constexpr, BOUNDED: tl.constexpr, DECAYS: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    SCALED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o (B, T, H, V); with KEEP u (B, H, T, V) and the states before the chunks (B, H, chunks, V, K), padded with
     zeros. One program per sequence, head and BLOCK columns of v."""
@@ -66,7 +92,7 @@ def forward_kernel(
     o += (n * T * H + h) * V
     squares += head * chunks * (squares_each * C * C)
     totals += head * chunks * (2 * K if BOUNDED else (K if CHANNELS else 1))
-    since += head * T
+    reads += head * T
     writes += head * T
     if CHANNELS:
         k += n * k_n + h * k_h
@@ -85,16 +111,9 @@ def forward_kernel(
         at = tl.cast(chunk, tl.int64) * C
         live = at + row < T
         # Small loads come first: what is loaded behind a barrier is waited for.
-        if BOUNDED:
-            first_half = tl.load(totals + at // C * (2 * K) + i, mask=i < K, other=0.0)[None, :]
-            last_half = tl.load(totals + at // C * (2 * K) + K + i, mask=i < K, other=0.0)[None, :]
-        elif CHANNELS:
-            total = tl.load(totals + at // C * K + i, mask=i < K, other=0.0)[None, :]
-        else:
-            scale = tl.load(writes + at + row, mask=live, other=0.0)[None, :]
-            if DECAYS:
-                b_since = tl.exp2(tl.load(since + at + row, mask=live, other=0.0))[None, :]
-                total = tl.exp2(tl.load(totals + at // C))
+        read, write, first_half, total = load_factors(
+            reads, writes, totals, at, row, live, i, K, C, CHANNELS, BOUNDED, DECAYS, SCALED
+        )
         if BOUNDED:
             S *= first_half
         now = S.to(dtype)
@@ -107,8 +126,8 @@ def forward_kernel(
         b_P = load_square(squares + at * (squares_each * C) + C * C, C)
         b_u = tl.dot(now, tl.trans(b_W), tl.trans(b_U).to(tl.float32), input_precision=PRECISION)
         b_o = tl.dot(now, tl.trans(b_q), input_precision=PRECISION)
-        if DECAYS and not CHANNELS:
-            b_o *= b_since
+        if SCALED:
+            b_o *= read[None, :]
         b_o = tl.dot(b_u.to(dtype), tl.trans(b_P), b_o, input_precision=PRECISION)
         if CHANNELS:
             b_k = load_rows(k + at * k_t, row, k_t, live, i, K, BLOCK_K)
@@ -123,21 +142,21 @@ def forward_kernel(
         if KEEP:
             store_transposed(u + at * V, b_u, row, V, live, j, V, PADDED_V)
         if not CHANNELS:
-            b_u *= scale
+            b_u *= write[None, :]
         S = tl.dot(b_u.to(dtype), b_b, S, input_precision=PRECISION)
         if BOUNDED:
-            S *= last_half
+            S *= total
     if HAS_LAST:
         tl.store(last + state, S, mask=inside)
 
 
 @triton.jit
 def backward_kernel(
-    q, b, W, squares, since, writes, totals, do, dlast, dr, dstates, dfirst, T, H,
+    q, b, W, squares, reads, writes, totals, do, dlast, dr, dstates, dfirst, T, H,
     q_n, q_t, q_h, b_n, b_t, b_h, do_n, do_t, do_h, dr_n, dr_t, dr_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, PADDED_V: tl.constexpr, BLOCK: tl.constexpr,
     C: tl.constexpr, CHANNELS: tl.constexpr, BOUNDED: tl.constexpr, DECAYS: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    SCALED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dr, and the gradients of the states after the chunks, laid out like `states` of the walk forward."""
     dtype = q.dtype.element_ty
@@ -154,7 +173,7 @@ def backward_kernel(
     W += head * T * K
     squares += head * chunks * (squares_each * C * C)
     totals += head * chunks * (2 * K if BOUNDED else (K if CHANNELS else 1))
-    since += head * T
+    reads += head * T
     writes += head * T
     row = tl.arange(0, C)
     i = tl.arange(0, BLOCK_K)
@@ -170,18 +189,11 @@ def backward_kernel(
         chunk = chunks - 1 - back
         at = tl.cast(chunk, tl.int64) * C
         live = at + row < T
+        read, write, first_half, total = load_factors(
+            reads, writes, totals, at, row, live, i, K, C, CHANNELS, BOUNDED, DECAYS, SCALED
+        )
         if BOUNDED:
-            first_half = tl.load(totals + at // C * (2 * K) + i, mask=i < K, other=0.0)[None, :]
-            last_half = tl.load(totals + at // C * (2 * K) + K + i, mask=i < K, other=0.0)[None, :]
-        elif CHANNELS:
-            total = tl.load(totals + at // C * K + i, mask=i < K, other=0.0)[None, :]
-        else:
-            scale = tl.load(writes + at + row, mask=live, other=0.0)[None, :]
-            if DECAYS:
-                b_since = tl.exp2(tl.load(since + at + row, mask=live, other=0.0))[:, None]
-                total = tl.exp2(tl.load(totals + at // C))
-        if BOUNDED:
-            dS *= last_half
+            dS *= total
         now = dS.to(dtype)
         tl.store(dstates + at // C * (PADDED_V * BLOCK_K), now)
         b_b = load_rows(b + at * b_t, row, b_t, live, i, K, BLOCK_K)
@@ -192,14 +204,14 @@ def backward_kernel(
         b_P = load_square(squares + at * (squares_each * C) + C * C, C)
         du = tl.dot(now, tl.trans(b_b), input_precision=PRECISION)
         if not CHANNELS:
-            du *= scale
+            du *= write[None, :]
         du = tl.dot(tl.trans(b_do), b_P, du, input_precision=PRECISION).to(dtype)
         b_dr = tl.dot(du, b_X, input_precision=PRECISION)
         store_transposed(dr + at * dr_t, b_dr, row, dr_t, live, j, V, PADDED_V)
         if DECAYS and not BOUNDED:
             dS *= total
-        if DECAYS and not CHANNELS:
-            b_do = (b_do * b_since).to(dtype)
+        if SCALED:
+            b_do = (b_do * read[:, None]).to(dtype)
         dS = tl.dot(tl.trans(b_do), b_q, dS, input_precision=PRECISION)
         dS = tl.dot(du, b_W, dS, input_precision=PRECISION)
         if BOUNDED:

@@ -17,7 +17,7 @@ class Chunks(NamedTuple):
 
     W: Tensor
     squares: Tensor
-    since: Tensor
+    reads: Tensor
     writes: Tensor
     totals: Tensor
 
@@ -25,12 +25,13 @@ class Chunks(NamedTuple):
 def config(q: Tensor, v: Tensor) -> Config:
     """A warp for every 16 columns of v, which need nothing of each other, or for every 64 of k; in fp32 more, so that
     registers suffice. With four warps and 64 columns come the products that Triton sometimes miscompiles."""
-    widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
-    block = min(padded(v.shape[-1]), 32 if widest <= 64 else 16)
-    num_warps = max(block // 16, widest // 64)
+    K, V = padded(q.shape[-1]), padded(v.shape[-1])
+    widest = max(K, V)
     if q.dtype == torch.float32:
-        return Config(chunk=16, block=block, num_warps=4 if widest > 64 else num_warps, num_stages=1)
-    return Config(chunk=32, block=block, num_warps=num_warps, num_stages=3 if widest <= 64 else 2)
+        block = min(V, 32 if widest <= 64 else 16)
+        return Config(chunk=16, block=block, num_warps=4 if widest > 64 else block // 16, num_stages=1)
+    block = min(V, 32 if K <= 128 else 16)
+    return Config(chunk=32, block=block, num_warps=max(block // 16, K // 64), num_stages=3 if K <= 64 else 2)
 
 
 def length(name: str, q: Tensor, v: Tensor, longest: int = 64) -> int:
@@ -64,8 +65,9 @@ def forward(
     walk_kernels.forward_kernel[(B * H * padded(V) // block,)](
         q, b, k, v, chunks.W, U, *chunks[1:], q if initial_state is None else initial_state.contiguous(), o, u, states,
         last, T, H, *q.stride()[:3], *b.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        K=K, V=V, BLOCK_K=padded(K), PADDED_V=padded(V), BLOCK=block, C=C, CHANNELS=channels,
-        BOUNDED=bounded, DECAYS=decays, HAS_FIRST=initial_state is not None, HAS_LAST=return_state, KEEP=keep,
+        K=K, V=V, BLOCK_K=padded(K), PADDED_V=padded(V), BLOCK=block, C=C, CHANNELS=channels, BOUNDED=bounded,
+        DECAYS=decays, SCALED=chunks.reads.numel() > 0, HAS_FIRST=initial_state is not None, HAS_LAST=return_state,
+        KEEP=keep,
         PRECISION=precision(q), num_warps=setting.num_warps, num_stages=setting.num_stages,
     )  # fmt: skip
     return o, last, u, states
@@ -94,8 +96,8 @@ def backward(
     walk_kernels.backward_kernel[(B * H * padded(V) // block,)](
         q, b, *chunks, do, q if dlast is None else dlast.contiguous(), dr, dstates, dfirst, T, H,
         *q.stride()[:3], *b.stride()[:3], *do.stride()[:3], *dr.stride()[:3],
-        K=K, V=V, BLOCK_K=padded(K), PADDED_V=padded(V), BLOCK=block, C=C, CHANNELS=channels,
-        BOUNDED=bounded, DECAYS=decays, HAS_FIRST=dfirst.shape[1] > 0, HAS_LAST=dlast is not None,
+        K=K, V=V, BLOCK_K=padded(K), PADDED_V=padded(V), BLOCK=block, C=C, CHANNELS=channels, BOUNDED=bounded,
+        DECAYS=decays, SCALED=chunks.reads.numel() > 0, HAS_FIRST=dfirst.shape[1] > 0, HAS_LAST=dlast is not None,
         PRECISION=precision(q), num_warps=setting.num_warps, num_stages=setting.num_stages,
     )  # fmt: skip
     return dstates
