@@ -15,7 +15,7 @@ from zoo.kernels.projections import projections
 from zoo.kernels.selective_scan import selective_scan
 from zoo.kernels.short_conv import MAX_WIDTH, short_conv
 from zoo.mixers.base import LayerInfo
-from zoo.mixers.recurrent import RecurrentMixer
+from zoo.mixers.recurrent import Pick, ReadoutMixer, everywhere
 
 
 class MambaState(NamedTuple):
@@ -25,7 +25,7 @@ class MambaState(NamedTuple):
     ssm: Tensor
 
 
-class Mamba(RecurrentMixer):
+class Mamba(ReadoutMixer):
     """The Mamba block (arXiv 2312.00752, algorithm 2 and section 3.4), E = expand * d_model inner channels.
 
         x, z = W_in u;   x = silu(conv(x));   dt, B, C = W_x x;   dt = softplus(W_dt dt + b_dt)
@@ -36,7 +36,7 @@ class Mamba(RecurrentMixer):
     steps are log-uniform in [0.001, 0.1], torch's defaults elsewhere, and W_out divided by sqrt(depth).
     """
 
-    class Config(RecurrentMixer.Config):
+    class Config(ReadoutMixer.Config):
         d_state: int = Field(
             16, ge=1, description="N, states per inner channel: the dial; the published MQAR runs: 8 to 24."
         )
@@ -78,7 +78,9 @@ class Mamba(RecurrentMixer):
             self.A_log.new_zeros(batch_size, inner, N, dtype=state_dtype(self.A_log.dtype)),
         )
 
-    def mix(self, x: Tensor, state: MambaState | None, return_state: bool) -> tuple[Tensor, MambaState | None]:
+    def mix(
+        self, x: Tensor, state: MambaState | None, return_state: bool, pick: Pick = everywhere
+    ) -> tuple[Tensor, MambaState | None]:
         cache, ssm = (None, None) if state is None else state
         x, z = projections(x, *self.in_proj.weight.chunk(2))
         x, cache = short_conv(
@@ -88,5 +90,11 @@ class Mamba(RecurrentMixer):
         # As in the official kernel, the step is rounded to half precision, if at all, before its bias and softplus.
         dt, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias
         A = -torch.exp(self.A_log)
-        y, ssm = selective_scan(x, dt, A, B, C, self.D, z, dt_bias=bias, initial_state=ssm, return_state=return_state)
+        # The scan gates its output, unless few positions of it are asked for.
+        gate = z if pick is everywhere else None
+        y, ssm = selective_scan(
+            x, dt, A, B, C, self.D, gate, dt_bias=bias, initial_state=ssm, return_state=return_state
+        )
+        if gate is None:
+            y = pick(y) * F.silu(pick(z))
         return self.out_proj(y), None if cache is None or ssm is None else MambaState(cache, ssm)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from zoo.errors import UnsupportedError
 from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch, rows
-from zoo.kernels.selective_scan import kernels
+from zoo.kernels.selective_scan.backward_kernels import backward_kernel, sum_kernel
+from zoo.kernels.selective_scan.forward_kernels import forward_kernel
 
 # Steps of a chunk, which the kernels' matrix products are made for.
 CHUNK = 4
@@ -46,7 +47,7 @@ def selective_scan(
     D, dt_bias = (None if M is None else M[None] for M in (D, dt_bias))
     if initial_state is not None:
         initial_state = initial_state.float()
-    y, last, _ = torch.ops.zoo.selective_scan(
+    y, last, *_ = torch.ops.zoo.selective_scan(
         x, dt, A[None], B, C, D, z, dt_bias, initial_state, by_step, return_state, torch.is_grad_enabled()
     )
     return y, last if return_state else None
@@ -66,8 +67,8 @@ def _forward(
     by_step: list[bool],
     return_state: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state and, to `keep` for the backward, states between chunks: (B, chunks, D, N).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the final state and, to `keep` for the backward, states between chunks, (B, chunks, D, N), and the ungated y.
 
     A, D, dt_bias and, of dt, B and C, those that are not `by_step` have groups as their first axis.
     """
@@ -77,12 +78,13 @@ def _forward(
     blocks = triton.cdiv(channels, config.block)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     last, kept = (torch.empty(shape, dtype=t, device=x.device) for shape, t in _states(x, A, return_state, keep))
+    ungated = empty_like(y if keep and z is not None else None, x)
     first = x if initial_state is None else initial_state.contiguous()
-    kernels.forward_kernel[(batch * blocks,)](
-        *tensors, first, y, last, kept, T, batch // len(A), *strides, **options,
+    forward_kernel[(batch * blocks,)](
+        *tensors, first, y, ungated, last, kept, T, batch // len(A), *strides, **options,
         HAS_FIRST=initial_state is not None, HAS_LAST=return_state, KEEP=keep,
     )  # fmt: skip
-    return y, last, kept
+    return y, last, kept, ungated
 
 
 @_forward.register_fake
@@ -99,9 +101,9 @@ def _(
     by_step: list[bool],
     return_state: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     last, kept = (x.new_empty(shape, dtype=dtype) for shape, dtype in _states(x, A, return_state, keep))
-    return x.new_empty(x.shape), last, kept
+    return x.new_empty(x.shape), last, kept, empty_like(x if keep and z is not None else None, x)
 
 
 @torch.library.custom_op("zoo::selective_scan_backward", mutates_args=())
@@ -115,6 +117,7 @@ def _backward(
     z: Tensor | None,
     dt_bias: Tensor | None,
     kept: Tensor,
+    ungated: Tensor,
     dy: Tensor,
     dlast: Tensor | None,
     by_step: list[bool],
@@ -142,8 +145,8 @@ def _backward(
     ddt = empty_like(dt, x) if by_step[0] else sums["dt"][0]
     dD, dbias = (sums[name][0] if name in sums else x for name in ("D", "dt_bias"))
     dfirst = parts(batch, channels, N) if has_first else parts(batch, 0)
-    kernels.backward_kernel[(batch * blocks,)](
-        *tensors, kept, dy, x if dlast is None else dlast.contiguous(), dx, ddt, sums["A"][0], sums["B"][0],
+    backward_kernel[(batch * blocks,)](
+        *tensors, ungated, kept, dy, x if dlast is None else dlast.contiguous(), dx, ddt, sums["A"][0], sums["B"][0],
         sums["C"][0], dD, dz, dbias, dfirst, T, batch // groups, batch * T * N, *strides, dy.stride(0),
         dy_t=dy.stride(1), **options, HAS_FIRST=has_first, HAS_LAST=dlast is not None,
         PRECISION="tf32" if x.dtype == torch.bfloat16 else "tf32x3",
@@ -165,6 +168,7 @@ def _(
     z: Tensor | None,
     dt_bias: Tensor | None,
     kept: Tensor,
+    ungated: Tensor,
     dy: Tensor,
     dlast: Tensor | None,
     by_step: list[bool],
@@ -176,17 +180,17 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:8], output[2])
+    ctx.save_for_backward(*inputs[:8], *output[2:])
     ctx.has_first = inputs[8] is not None
     ctx.by_step, ctx.return_state = inputs[9], inputs[10]
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None, dkept: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, kept = ctx.saved_tensors
+def _gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
     gradients = torch.ops.zoo.selective_scan_backward(
-        *tensors, kept, dy, dlast if ctx.return_state else None, ctx.by_step, ctx.has_first
+        *tensors, dy, dlast if ctx.return_state else None, ctx.by_step, ctx.has_first
     )
     wanted = zip(gradients, ctx.needs_input_grad, strict=False)
     return (*(gradient if needed else None for gradient, needed in wanted), None, None, None)
@@ -255,7 +259,7 @@ def _sum_parts(sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     for part, size, count in zip(parts, sizes, loaded_rows, strict=True):
         end += part.shape[0] * triton.cdiv(size, LOADED // count)
         ends.append(end)
-    kernels.sum_kernel[(end,)](
+    sum_kernel[(end,)](
         tuple(parts), tuple(done), tuple(numbers), tuple(sizes), tuple(ends), ROWS=tuple(loaded_rows), LOADED=LOADED
     )
     return dict(zip(sums, done, strict=True))
