@@ -123,7 +123,8 @@ def test_a_sweep_without_any_good_trial_says_so(tmp_path):
 
 
 def test_ctrl_c_in_the_terminal(tmp_path):
-    file = write(tmp_path, lr=[0.01, 0.02, 0.03, 0.04, 0.05, 0.06], seconds=0.25)
+    # Enough trials that they outlast a busy machine's delay between the first record and the signal.
+    file = write(tmp_path, lr=[i / 1000 for i in range(1, 61)], seconds=0.25)
     command = [sys.executable, "-m", "zoo.cli", "sweep", str(file), "--run", str(tmp_path / "run"), "--plugin", PLUGIN]
     process = subprocess.Popen(
         [*command, "--executor", "inline"], stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ROOT}
