@@ -30,9 +30,9 @@ def test_outputs_and_gradients(impl: str, T: int, D: int, W: int, L: int) -> Non
 def test_slices_as_a_pack(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(importlib.import_module("zoo.kernels.long_conv.triton"), "LONGEST", longest)
-    monkeypatch.setattr(
-        importlib.import_module("zoo.kernels.hyena_conv.triton"), "config_of", lambda v: Config(16, 16, 1, 1)
-    )
+    fused = importlib.import_module("zoo.kernels.hyena_conv.triton")
+    monkeypatch.setattr(fused, "config_of", lambda v: Config(16, 16, 1, 1))
+    monkeypatch.setattr(fused, "walk_config", lambda v: Config(8, 8, 1, 1))
 
     def op(impl: str, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         return hyena_conv(*x.chunk(3, dim=-1), *rest, impl=impl)

@@ -112,8 +112,7 @@ class Hyena(ReadoutMixer):
         return HyenaState(conv, conv.new_zeros(batch_size, tokens, self.layer.d_model))
 
     def step_at(self, x_t: Tensor, state: HyenaState, position: Tensor) -> tuple[Tensor, HyenaState]:
-        u, x2, conv = self.gated(x_t[:, None], state.conv, True)
-        assert conv is not None
+        u, x2, conv = self.gated(x_t[:, None], state.conv)
         tokens = torch.arange(state.inputs.shape[1], device=u.device)
         inputs = torch.where((tokens == position)[:, None], u, state.inputs)
         # What is not there yet is 0, whatever its tap.
@@ -128,26 +127,12 @@ class Hyena(ReadoutMixer):
                 f"build it with LayerInfo.max_seq_len of {tokens} or more."
             )
 
-    def projected(self, x: Tensor) -> Sequence[Tensor]:
-        """x1, x2 and v before their short convolutions."""
-        return projections(x, *self.in_proj.weight.chunk(3), biases=self.in_proj.bias.chunk(3))
-
-    def gated(self, x: Tensor, cache: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x1 * v and x2, and the cache of the short convolutions."""
-        inputs = self.projected(x)
-        weights, biases = self.conv_weight.chunk(3), self.conv_bias.chunk(3)
-        caches = (None, None, None) if cache is None else cache.chunk(3, dim=-1)
-
-        def conv(i: int, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-            return short_conv(
-                inputs[i], weights[i], biases[i], gate=gate, initial_state=caches[i], return_state=return_state
-            )
-
-        (x1, cache_1), (x2, cache_2) = conv(0), conv(1)
-        u, cache_3 = conv(2, gate=x1)
-        if cache_1 is None or cache_2 is None or cache_3 is None:
-            return u, x2, None
-        return u, x2, torch.cat([cache_1, cache_2, cache_3], dim=-1)
+    def gated(self, x: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x1 * v, x2, and the cache of the short convolutions."""
+        y, cache = short_conv(self.in_proj(x), self.conv_weight, self.conv_bias, initial_state=cache)
+        assert cache is not None
+        x1, x2, v = y.chunk(3, dim=-1)
+        return x1 * v, x2, cache
 
     def mix(
         self, x: Tensor, state: HyenaState | None, return_state: bool, pick: Pick = everywhere
@@ -157,11 +142,9 @@ class Hyena(ReadoutMixer):
         self.check_length(length)
         if past is None and not return_state:
             weight, bias = self.conv_weight.unflatten(0, (3, -1)), self.conv_bias.unflatten(0, (3, -1))
-            x1, x2, v = self.projected(x)
+            x1, x2, v = projections(x, *self.in_proj.weight.chunk(3), biases=self.in_proj.bias.chunk(3))
             y = hyena_conv(x1, x2, v, weight, bias, self.filter(length), self.skip)
             return self.out_proj(pick(y)), None
-        u, x2, cache = self.gated(x, cache, return_state)
+        u, x2, cache = self.gated(x, cache)
         y = self.out_proj(pick(long_conv(u, self.filter(length), self.skip, x2, past=past)))
-        if cache is None:
-            return y, None
         return y, HyenaState(cache, u if past is None else torch.cat([past, u], dim=1))

@@ -1,4 +1,4 @@
-"""Two launches before and after the long convolution, which has time last, and two in their gradients.
+"""A launch before and one after the long convolution, which has time last.
 
 Every tensor of the custom ops has the batch, or the groups that divide the batch evenly and have weights of their own,
 as its first axis.
@@ -14,8 +14,12 @@ from torch import Tensor
 
 from zoo.kernels.hyena_conv import kernels
 from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows
-from zoo.kernels.long_conv.triton import convolved, convolved_backward, time_dtype
-from zoo.kernels.parts import sum_parts
+from zoo.kernels.long_conv.triton import convolved, convolved_backward, time_dtype, turn
+from zoo.kernels.parts import sum_all
+from zoo.kernels.short_conv.triton import PER_THREAD
+
+# Tokens that the walk back loads at a time.
+STEPS = 4
 
 
 def hyena_conv(x1: Tensor, x2: Tensor, v: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, skip: Tensor) -> Tensor:
@@ -70,17 +74,30 @@ def _backward(
     x1, x2, v, dy, weight, bias = rows(x1), rows(x2), rows(v), rows(dy), weight.contiguous(), bias.contiguous()
     programs, per_group, options = _launch(v, weight)
     groups, W = len(weight), weight.shape[3]
-    number = per_group * triton.cdiv(T, options["C"])
-    parts = torch.empty(groups, number, 3, W + 1, D, dtype=torch.float32, device=v.device)
+
+    def parts(number: int, rows: int) -> Tensor:
+        return torch.empty(groups, number, rows, W + 1, D, dtype=torch.float32, device=v.device)
+
+    parts_2 = parts(per_group * triton.cdiv(T, options["C"]), 1)
     ds = torch.empty_like(s)
     kernels.leave_backward_kernel[programs](
-        dy, x2, s, weight, bias, ds, dx2, parts, T, per_group, *dy.stride()[:2], *x2.stride()[:2], **options
+        dy, x2, s, weight, bias, ds, dx2, parts_2, T, per_group, *dy.stride()[:2], *x2.stride()[:2], **options
     )
-    du, dkernel = convolved_backward(ds, u, kernel, skip)
-    kernels.enter_backward_kernel[programs](
-        du, x1, v, weight, bias, dx1, dv, parts, T, per_group, *x1.stride()[:2], *v.stride()[:2], **options
-    )
-    return dx1, dx2, dv, sum_parts(parts, torch.float32), dkernel
+    du_turned, dkernel = convolved_backward(ds, u, kernel, skip)
+    du = torch.empty_like(dv)
+    turn(du_turned, du, T)
+
+    config = configured("hyena_conv.enter_backward", walk_config, v)
+    options = {"D": D, "W": W, "C": config.chunk, "BLOCK": config.block, "STEPS": STEPS}
+    options |= {"ROWS": max(1, PER_THREAD * 32 * config.num_warps // config.block)}
+    number = triton.cdiv(per_group * triton.cdiv(T, config.chunk), options["ROWS"])
+    parts_1_3 = parts(number, 2)
+    kernels.enter_backward_kernel[(groups * number * triton.cdiv(D, config.block),)](
+        du, x1, v, weight, bias, dx1, dv, parts_1_3, T, per_group, *x1.stride()[:2], *v.stride()[:2],
+        num_warps=config.num_warps, num_stages=config.num_stages, **options,
+    )  # fmt: skip
+    outer, inner = sum_all([parts_1_3, parts_2], torch.float32)
+    return dx1, dx2, dv, torch.cat([outer[:, :1], inner, outer[:, 1:]], dim=1), dkernel
 
 
 @_backward.register_fake
@@ -123,7 +140,12 @@ fold_batch(_backward)
 
 def config_of(v: Tensor) -> Config:
     """chunk: tokens; block: channels."""
-    return Config(chunk=64, block=min(64, triton.next_power_of_2(v.shape[2])), num_warps=8, num_stages=1)
+    return Config(chunk=64, block=min(32, triton.next_power_of_2(v.shape[2])), num_warps=4, num_stages=1)
+
+
+def walk_config(v: Tensor) -> Config:
+    """chunk: tokens that a program walks; block: channels."""
+    return Config(chunk=64, block=min(64, triton.next_power_of_2(v.shape[2])), num_warps=2, num_stages=1)
 
 
 def _launch(v: Tensor, weight: Tensor) -> tuple[tuple[int], int, dict[str, Any]]:

@@ -40,12 +40,12 @@ def _forward(
     """The last T outputs; with time last, u and, for a gate's gradient, these outputs before the gate."""
     B, seen, D = u.shape
     turned = u.new_empty(B, D, seen, dtype=time_dtype(u, B // len(kernel), seen))
-    _turn(rows(u), turned, seen, to_time=True)
+    turn(rows(u), turned, seen, to_time=True)
     ungated = convolved(turned, kernel, skip, T)
     if time_last:
         return ungated.to(u.dtype), turned, u.new_empty(B, 0, 0)
     y = u.new_empty(B, T, D)
-    _turn(ungated, y, T, gate=gate)
+    turn(ungated, y, T, gate=gate)
     return y, turned, u.new_empty(B, 0, 0) if gate is None else ungated.to(u.dtype)
 
 
@@ -76,10 +76,10 @@ def _backward(
         dturned = dy.to(turned.dtype).contiguous()
     else:
         dturned = turned.new_empty(B, D, dy.shape[1])
-        _turn(rows(dy) if gate is None else ungated, dturned, dy.shape[1], gate=gate, dy=dy, dgate=dgate, to_time=True)
+        turn(rows(dy) if gate is None else ungated, dturned, dy.shape[1], gate=gate, dy=dy, dgate=dgate, to_time=True)
     du = dy.new_empty(B, seen, D)
     du_turned, dkernel = convolved_backward(dturned, turned, kernel, skip)
-    _turn(du_turned, du, seen)
+    turn(du_turned, du, seen)
     return du, dkernel, dgate
 
 
@@ -201,7 +201,7 @@ def turn_config(x: Tensor) -> Config:
     return Config(chunk=64, block=64, num_warps=4, num_stages=1)
 
 
-def _turn(
+def turn(
     x: Tensor,
     out: Tensor,
     T: int,

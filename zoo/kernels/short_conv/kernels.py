@@ -125,6 +125,17 @@ def slope_at(dy, gate, window, taps, bias, W: tl.constexpr, SILU: tl.constexpr, 
 
 
 @triton.jit
+def gradients_at(oldest, slopes, taps, dtaps, W: tl.constexpr):
+    """Of a token with the slopes of the W tokens from it on: its own, and the sums of those of taps and bias."""
+    dx = taps[W - 1] * slopes[0]
+    sums = (dtaps[0] + slopes[0] * oldest,)
+    for j in tl.static_range(1, W):
+        dx += taps[W - 1 - j] * slopes[j]
+        sums = sums + (dtaps[j] + slopes[j] * oldest,)
+    return dx, sums + (dtaps[W] + slopes[0],)
+
+
+@triton.jit
 def backward_kernel(
     x, weight, bias, gate, first, dy, dx, parts, dgate, dfirst, T, per_group,
     x_b, x_t, gate_b, gate_t, weight_g, bias_g, dy_b, dy_t,
@@ -187,13 +198,7 @@ def backward_kernel(
             if HAS_GATE:
                 ahead = dgate + (at + (i + W - 1)) * D
                 tl.store(ahead, b_dgate.to(dgate.dtype.element_ty), mask=inside & (s + (W - 1) < T)[:, None])
-            oldest = seen[0].to(tl.float32)
-            sums = ()
-            b_dx = tl.zeros((ROWS, BLOCK), tl.float32)
-            for j in tl.static_range(W):
-                b_dx += taps[W - 1 - j] * slopes[j]
-                sums = sums + (dtaps[j] + oldest * slopes[j],)
-            dtaps = sums + (dtaps[W] + slopes[0],)
+            b_dx, dtaps = gradients_at(seen[0].to(tl.float32), slopes, taps, dtaps, W)
             tl.store(dx + (at + i) * D, b_dx.to(dx.dtype.element_ty), mask=inside & ((s >= 0) & (s < T))[:, None])
             if HAS_FIRST:
                 to = dfirst + (s + past)[:, None] * D
