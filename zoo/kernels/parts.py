@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Numbers that a program has on their way at a time.
-LOADED = 4096
+# Numbers that a program has on their way at a time, and the most parts that these are of.
+LOADED = 8192
+MOST_PARTS = 1024
 
 
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -24,7 +25,7 @@ def sum_all(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         return [part.squeeze(1).to(dtype) for part in parts]
     sums = [torch.empty(len(p), *p.shape[2:], dtype=dtype, device=p.device) for p in parts]
     numbers, sizes = tuple(p.shape[1] for p in parts), tuple(s[0].numel() for s in sums)
-    rows = min(triton.next_power_of_2(max(numbers)), LOADED // 16)
+    rows = min(triton.next_power_of_2(max(numbers)), MOST_PARTS)
     columns = LOADED // rows
     programs = sum(len(s) * triton.cdiv(size, columns) for s, size in zip(sums, sizes, strict=True))
     groups = tuple(len(s) for s in sums)

@@ -67,11 +67,11 @@ def forward_kernel(
         b_pull = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for i in range(piece * steps, tl.minimum((piece + 1) * steps, tl.cdiv(V, COLUMNS))):
         v = i * COLUMNS + column
-        b_weight = load_rows(weight, v.to(tl.int64), weight_v, v < V, d, D, BLOCK_D)
+        live = EVEN | (v < V)
+        b_weight = load_rows(weight, v.to(tl.int64), weight_v, live, d, D, BLOCK_D)
         logits = tl.dot(b_hidden, tl.trans(b_weight), input_precision=PRECISION)
         logits = add_products(logits, hidden, m, hidden_m, M, weight, v, weight_v, V, D, BLOCK_D, PRECISION)
-        if not EVEN:
-            logits = tl.where((v < V)[None, :], logits, float("-inf"))
+        logits = tl.where(live[None, :], logits, float("-inf"))
         if GRADIENT:
             logits = tl.where(column[None, :] == (answer - i * COLUMNS)[:, None], float("-inf"), logits)
         highest = tl.max(logits, 1)
@@ -85,7 +85,7 @@ def forward_kernel(
         b_largest = highest
         if GRADIENT:
             if D > BLOCK_D:
-                b_weight = load_rows(weight, v.to(tl.int64), weight_v, v < V, strip * BLOCK_D + d, D, BLOCK_D)
+                b_weight = load_rows(weight, v.to(tl.int64), weight_v, live, strip * BLOCK_D + d, D, BLOCK_D)
             b_pull = add_slopes(b_pull * shrink[:, None], p, b_weight, PRECISION)
     at = tl.cast(piece, tl.int64) * part + group * M + m
     if strip == 0:
@@ -165,11 +165,11 @@ def combine_kernel(
 def backward_kernel(
     hidden, weight, answers, log_sum, dloss, dweight, M, V, groups, steps, parts,
     hidden_g, hidden_m, weight_g, weight_v, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program a group, ROWS tokens of the head, BLOCK_D channels and `steps` blocks of COLUMNS rows of hidden.
 
-    dweight (parts, groups, V, D), parts to be summed.
+    dweight (parts, groups, V, D), parts to be summed. EVEN: COLUMNS divides M.
     """
     strips: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     strip = tl.program_id(0) % strips
@@ -190,14 +190,15 @@ def backward_kernel(
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for i in range(piece * steps, tl.minimum((piece + 1) * steps, tl.cdiv(M, COLUMNS))):
         m = i * COLUMNS + row
-        b_hidden = load_rows(hidden, m.to(tl.int64), hidden_m, m < M, d, D, BLOCK_D)
+        live = EVEN | (m < M)
+        b_hidden = load_rows(hidden, m.to(tl.int64), hidden_m, live, d, D, BLOCK_D)
         logits = tl.dot(b_weight, tl.trans(b_hidden), input_precision=PRECISION)
         logits = add_products(logits, weight, v, weight_v, V, hidden, m, hidden_m, M, D, BLOCK_D, PRECISION)
         if D > BLOCK_D:
-            b_hidden = load_rows(hidden, m.to(tl.int64), hidden_m, m < M, strip * BLOCK_D + d, D, BLOCK_D)
-        answer = tl.load(answers + m, mask=m < M, other=-1).to(tl.int32)
-        b_log_sum = tl.load(log_sum + m, mask=m < M, other=float("inf"))
-        scale = tl.load(dloss + m, mask=m < M, other=0.0)
+            b_hidden = load_rows(hidden, m.to(tl.int64), hidden_m, live, strip * BLOCK_D + d, D, BLOCK_D)
+        answer = tl.load(answers + m, mask=live, other=-1).to(tl.int32)
+        b_log_sum = tl.load(log_sum + m, mask=live, other=float("inf"))
+        scale = tl.load(dloss + m, mask=live, other=0.0)
         p = tl.exp2(logits * LOG2E - b_log_sum[None, :])
         p = p * scale[None, :] - tl.where(v[:, None] == answer[None, :], scale[None, :], 0.0)
         total = add_slopes(total, p, b_hidden, PRECISION)

@@ -94,8 +94,8 @@ def _backward(
     kernels.backward_kernel[(blocks * parts * triton.cdiv(D, _channels(hidden)),)](
         hidden, head, answers.contiguous(), log_sum, dloss, dweight, M, V, groups, steps, parts,
         *hidden.stride()[:2], *head.stride()[:2],
-        D=D, BLOCK_D=_channels(hidden), ROWS=config.chunk, COLUMNS=config.block, PRECISION=precision(hidden),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        D=D, BLOCK_D=_channels(hidden), ROWS=config.chunk, COLUMNS=config.block, EVEN=M % config.block == 0,
+        PRECISION=precision(hidden), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     dhidden = torch.mul(slope, dloss[..., None], out=torch.empty_like(slope))
     return dhidden, sum_parts(dweight[None], weight.dtype).squeeze(0)

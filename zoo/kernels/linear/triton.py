@@ -15,8 +15,8 @@ from zoo.kernels.launch import Config, check_launch, configured, fold_batch, pad
 from zoo.kernels.linear import kernels
 from zoo.kernels.parts import sum_all
 
-# Programs that share the rows of the weight's gradient: a few for each multiprocessor, and few enough to add up.
-PROGRAMS = 512
+# Programs that share the rows of the weight's gradient: one for each multiprocessor, and few enough to add up.
+PROGRAMS = 128
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
