@@ -26,7 +26,8 @@ def test_outputs_and_gradients(impl: str, T: int, G: int, H: int, N: int) -> Non
 
 def test_several_blocks_of_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = pytest.importorskip("zoo.kernels.ssd_inputs.triton")
-    monkeypatch.setattr(fused, "config_of", lambda B: fused.Config(chunk=1, block=64, num_warps=4, num_stages=1))
+    for rule in ("config_of", "backward_config"):
+        monkeypatch.setattr(fused, rule, lambda B: fused.Config(chunk=1, block=64, num_warps=4, num_stages=1))
 
     monkeypatch.setattr(fused, "SUMMING_PROGRAMS", 4)
 
