@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from zoo.errors import ConfigError
 from zoo.kernels.attention import causal_attention
+from zoo.kernels.projections import projections
 from zoo.mixers.base import LayerInfo, Mixer, head_dim
 from zoo.mixers.rotary import rotate
 
@@ -136,8 +137,13 @@ class Attention(Mixer):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) -> q (B, T, H, K), k and v (B, T, G, K)."""
-        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
+        sizes = [heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        if x.is_cuda:
+            # A result each, whose gradients need not be put together.
+            parts = projections(x, *self.qkv.weight.split(sizes), biases=self.qkv.bias.split(sizes))
+        else:
+            parts = self.qkv(x).split(sizes, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return q, k, v
 
     def turn(self, x: Tensor, start: int | Tensor = 0) -> Tensor:

@@ -8,7 +8,7 @@ from zoo.errors import UnsupportedError
 from zoo.kernels.backend import backend
 from zoo.kernels.shapes import check_shapes
 
-IMPLS = ("reference", "chunked", "flash")
+IMPLS = ("reference", "chunked", "flash", "triton")
 
 
 def causal_attention(
@@ -35,7 +35,7 @@ def causal_attention(
         window: how many keys a query sees, itself among them; None for all.
         scale: of the scores; None for K**-0.5.
         positions: (B, Tq), the queries' positions t among the keys, in any order; no fused kernel takes them.
-        impl: "reference", "chunked", "flash", or None to choose by device.
+        impl: "reference", "chunked", "flash", "triton", or None to choose by device and by what each can do.
 
     Returns:
         o (B, Tq, H, V) in v's dtype; the softmax is taken in fp32 (fp64 for fp64 v).
@@ -61,11 +61,17 @@ def causal_attention(
         )
     if scale is None:
         scale = sizes["K"] ** -0.5
-    if impl is None and q.is_cuda and positions is None:
-        impl = "flash"
+    if impl is None:
+        impl = _fused(q, k, v, window) if q.is_cuda and positions is None else "chunked"
     module = backend(__name__, IMPLS, impl, q.device)
     if positions is None:
         return module.causal_attention(q, k, v, window=window, scale=scale)
-    if impl == "flash":
-        raise UnsupportedError("causal_attention: the flash backend takes no positions; pass impl='chunked'.")
+    if impl in ("flash", "triton"):
+        raise UnsupportedError(f"causal_attention: the {impl} backend takes no positions; pass impl='chunked'.")
     return module.attention_at(q, k, v, positions, window=window, scale=scale)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> str:
+    """The faster backend on a GPU of those that take such tensors."""
+    near = backend(__name__, IMPLS, "triton", q.device)
+    return "triton" if near.takes(q, k, v) and near.is_faster(q, window) else "flash"
