@@ -21,14 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.kernels.delta_rule.triangles import (
-    decay_between,
-    decay_until,
-    inverse,
-    load_decay,
-    load_steps,
-    store_square,
-)
+from zoo.kernels.delta_rule.triangles import decay_between, decay_until, inverse, load_decay, load_steps, store_square
 from zoo.kernels.tiles import load_rows, store_rows
 
 
@@ -47,9 +40,9 @@ def prepare_kernel(
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     HALVINGS: tl.constexpr, DECAYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W = -X a k (B, H, T, K), U = X v (B, H, T, V), squares X, P (B, H, chunks, 2, C, C); reads
-    a(t) and writes a(C, s) beta_s (B, H, T), UNIT with the factors of q' and k'; and totals (B, H, chunks), log2 of
-    a(C). One program per chunk."""
+    """W = -X a k (B, H, T, K), U = X v (B, H, T, V), squares X, P (B, H, chunks, 2, C, C); reads a(t) and writes
+    a(C, s) beta_s (B, H, T), UNIT with the factors of q' and k'; totals (B, H, chunks), log2 of a(C). One program per
+    chunk."""
     dtype = q.dtype.element_ty
     chunks = tl.cdiv(T, C)
     head = tl.cast(tl.program_id(0) // chunks, tl.int64)
@@ -77,7 +70,7 @@ def prepare_kernel(
         b_g = load_decay(g, at, row, g_t, T)
         b_since = tl.cumsum(b_g, 0)
         total = tl.sum(b_g, 0)
-        a = decay_between(b_g, b_since, C, dtype, False)
+        a = decay_between(b_g, b_since, C, dtype)
         N *= a
         P *= a
         write *= tl.exp2(decay_until(g, b_since, total, at, row, g_t, T, C, dtype))
@@ -159,9 +152,9 @@ def gradient_kernel(
     written = (b_k * b_beta[:, None]).to(dtype)
     later = row[:, None] > row[None, :]
     if DECAYS:
-        # That of a step with itself, which crosses no decay, is kept apart.
+        # Where it matters which decays a pair crosses, that of a step with itself, which crosses none, is kept apart.
         now = tl.sum(tl.where(row[:, None] == row[None, :], dP, 0.0), 1)
-        a = decay_between(b_g, b_since, C, dtype, False)
+        a = decay_between(b_g, b_since, C, dtype)
         dP = tl.where(later, dP * a, 0.0).to(dtype)
         dN *= a
         decayed = tl.exp2(b_since)[:, None]
@@ -183,6 +176,8 @@ def gradient_kernel(
     write = tl.dot(tl.trans(-dN), b_k, write, input_precision=PRECISION)
     read = tl.dot(dN, written, read, input_precision=PRECISION)
     if DECAYS:
+        # What a step reads crosses the decays up to its own, but in a pair of the chunk none before the write: there
+        # the same products are taken off again. What it leaves to later chunks crosses the decays behind it.
         slopes = tl.sum(slopes - read * b_k - write * written, 1)
         leaves = tl.sum(leave * b_k, 1) * b_beta
         b_dg = tl.sum(tl.where(row[:, None] <= row[None, :], slopes[None, :], leaves[None, :]), 1)

@@ -44,21 +44,15 @@ def decay_until(g, since, total, at, row, stride, T, C: tl.constexpr, dtype: tl.
 
 
 @triton.jit
-def decay_between(g, since, C: tl.constexpr, dtype: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """2^(g_{s+1} + ... + g_t) at (t, s), or at (s, t), for s <= t, else 0; as `decay_until`."""
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
+def decay_between(g, since, C: tl.constexpr, dtype: tl.constexpr):
+    """2^(g_{s+1} + ... + g_t) at (t, s) for s <= t, else 0; as `decay_until`."""
+    t = tl.arange(0, C)[:, None]
+    s = tl.arange(0, C)[None, :]
     if dtype == tl.float32:
-        if TRANSPOSED:
-            between = tl.dot(tl.where(j > i, g[None, :], 0.0), (i <= j).to(tl.float32), input_precision="tf32x3")
-        else:
-            between = tl.dot((j <= i).to(tl.float32), tl.where(i > j, g[:, None], 0.0), input_precision="tf32x3")
-    elif TRANSPOSED:
-        between = since[None, :] - since[:, None]
+        between = tl.dot((s <= t).to(tl.float32), tl.where(t > s, g[:, None], 0.0), input_precision="tf32x3")
     else:
         between = since[:, None] - since[None, :]
-    within = i <= j if TRANSPOSED else j <= i
-    return tl.exp2(tl.where(within, between, float("-inf")))
+    return tl.exp2(tl.where(s <= t, between, float("-inf")))
 
 
 @triton.jit
