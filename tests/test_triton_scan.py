@@ -89,6 +89,23 @@ def test_a_sound_custom_op(without):
 
 
 @pytest.mark.parametrize("shapes", [WITH_BIAS, S4D], ids=["mamba", "s4d"])
+@pytest.mark.parametrize("T", [10, 12])
+@pytest.mark.filterwarnings("ignore:All-NaN")
+def test_steps_after_all_that_the_loss_depends_on(T, shapes):
+    a = arguments(T, shapes, batch=3)
+    weight = torch.ones(3, T, 1)
+    weight[1, 3:] = weight[2] = 0.0
+
+    def gradients(op, weight):
+        return torch.autograd.grad((op(**a, return_state=False)[0] * weight).square().sum(), [*a.values()])
+
+    for got, want in zip(gradients(fused, weight), gradients(reference, weight), strict=True):
+        torch.testing.assert_close(got, want, rtol=FP32, atol=FP32)
+    weight[1, -1] = torch.nan
+    assert gradients(fused, weight)[0][1].isnan().all(-1).any()
+
+
+@pytest.mark.parametrize("shapes", [WITH_BIAS, S4D], ids=["mamba", "s4d"])
 def test_vmap_over_a_pack_of_models(shapes, monkeypatch):
     launches = count_launches(monkeypatch, fused_module)
     names = [name for name in shapes if name != "initial_state"]

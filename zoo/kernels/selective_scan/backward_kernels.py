@@ -35,6 +35,15 @@ def slope_of_softplus(x, y, EXACT: tl.constexpr):
 
 
 @triton.jit
+def all_zero(steps):
+    """Whether no step has an element other than zero, as NaN is."""
+    other = steps[0] != 0
+    for i in tl.static_range(1, len(steps)):
+        other = other | (steps[i] != 0)
+    return tl.max(tl.max(other.to(tl.int32), 1), 0) == 0
+
+
+@triton.jit
 def in_pairs(v, dtype: tl.constexpr):
     """Four steps of (LANES, NT), the same for all NT, -> (LANES / 2, 8): column 2 step + channel % 2."""
     LANES: tl.constexpr = v[0].shape[0]
@@ -102,17 +111,48 @@ def backward_kernel(
     DTYPE: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
     group = b // per_group
     chunks = tl.cdiv(T, S)
-    # From here on all point to the first step of a chunk, the last one to begin with.
-    last = tl.cast(chunks - 1, tl.int64) * S
-    x += b * x_b + last * x_t
-    z += b * z_b + last * z_t
-    dy += b * dy_b + last * dy_t
-    ungated += (b * T + last) * D
-    dx += (b * T + last) * D
-    dz += (b * T + last) * D
-    kept += (b * chunks + chunks - 1) * D * N
     # One of the threads that hold the same sums stores them.
     storing = (tl.arange(0, NT) == 0)[None, :]
+    # All point to the first step of a chunk, the last one to begin with.
+    latest = (chunks - 1) * S
+    last = tl.cast(latest, tl.int64)
+    dy += b * dy_b + last * dy_t
+    dx += (b * T + last) * D
+    dz += (b * T + last) * D
+    if DT_BY_STEP:
+        ddt += (b * T + last) * D
+    if B_BY_STEP:
+        dB += tl.cast(block, tl.int64) * part + (b * T + last) * N
+    if C_BY_STEP:
+        dC += tl.cast(block, tl.int64) * part + (b * T + last) * N
+    # Nothing depends on what comes after the last output that has a gradient.
+    if not HAS_LAST:
+        zeros = tl.zeros((2 * PADDED, 8), tl.float32)
+        while (latest > 0) & all_zero(load_steps(dy, dy_t, d, T - latest, D, S, WHOLE)):
+            for i in tl.static_range(S):
+                here = storing & channels(d, i, T - latest, D, WHOLE)
+                tl.store(dx + i * D + d, 0.0, mask=here)
+                if HAS_GATE:
+                    tl.store(dz + i * D + d, 0.0, mask=here)
+                if DT_BY_STEP:
+                    tl.store(ddt + i * D + d, 0.0, mask=here)
+            dx -= S * D
+            dz -= S * D
+            if DT_BY_STEP:
+                ddt -= S * D
+            if B_BY_STEP:
+                store_sums(dB, zeros, T - latest, N, PADDED)
+                dB -= S * N
+            if C_BY_STEP:
+                store_sums(dC, zeros, T - latest, N, PADDED)
+                dC -= S * N
+            dy -= S * dy_t
+            latest -= S
+    last = tl.cast(latest, tl.int64)
+    x += b * x_b + last * x_t
+    z += b * z_b + last * z_t
+    ungated += (b * T + last) * D
+    kept += (b * chunks + last // S) * D * N
     b_A = tl.load(A + group * D * N + state, mask=inside, other=0.0).to(tl.float32) * LOG2E
     b_dA = tl.zeros((LANES, NT, NK, NI), tl.float32)
     b_bias = tl.load(bias + group * D + d, mask=d < D, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
@@ -122,7 +162,6 @@ def backward_kernel(
         sum_dskip = tl.zeros((LANES, NT), tl.float32)
     if DT_BY_STEP:
         dt += b * dt_b + last * dt_t
-        ddt += (b * T + last) * D
         next_dts = load_steps(dt, dt_t, d, T - last, D, S, WHOLE)
     else:
         b_dt = tl.load(dt + group * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -131,13 +170,11 @@ def backward_kernel(
     column = tl.arange(0, 8)[None, :] // 2
     if B_BY_STEP:
         B += b * B_b + last * B_t
-        dB += tl.cast(block, tl.int64) * part + (b * T + last) * N
     else:
         b_B = tl.load(B + group * D * N + state, mask=inside, other=0.0).to(tl.float32)
         sum_dB = tl.zeros((LANES, NT, NK, NI), tl.float32)
     if C_BY_STEP:
         C += b * C_b + last * C_t
-        dC += tl.cast(block, tl.int64) * part + (b * T + last) * N
     else:
         b_C = tl.load(C + group * D * N + state, mask=inside, other=0.0).to(tl.float32)
         sum_dC = tl.zeros((LANES, NT, NK, NI), tl.float32)
@@ -164,8 +201,7 @@ def backward_kernel(
     if HAS_GATE:
         next_zs = load_steps(z, z_t, d, T - last, D, S, WHOLE)
         next_ys = load_steps(ungated, D, d, T - last, D, S, WHOLE)
-    for chunk in range(chunks):
-        start = (chunks - 1 - chunk) * S
+    for start in range(latest, -1, -S):
         live = T - start
         xs, dys = next_xs, next_dys
         if HAS_GATE:
