@@ -165,8 +165,10 @@ def prepare_config(q: Tensor, v: Tensor) -> Config:
 
 def gradient_config(q: Tensor, v: Tensor) -> Config:
     """Few warps, which wait for each other at every product and sum, even where registers do not suffice."""
-    K = padded(q.shape[-1])
-    return Config(chunk=0, block=32, num_warps=max(2, K // 32), num_stages=2)
+    K, V = padded(q.shape[-1]), padded(v.shape[-1])
+    if K > 64:
+        return Config(chunk=0, block=min(V, 64), num_warps=K // 32, num_stages=1)
+    return Config(chunk=0, block=32, num_warps=2, num_stages=2)
 
 
 def heads(given: list[Tensor], beta: Tensor, key_dim: int) -> list[Tensor]:

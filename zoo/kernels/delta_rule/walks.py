@@ -30,7 +30,7 @@ def config(q: Tensor, v: Tensor) -> Config:
     if q.dtype == torch.float32:
         block = min(V, 32 if widest <= 64 else 16)
         return Config(chunk=16, block=block, num_warps=4 if widest > 64 else block // 16, num_stages=1)
-    block = min(V, 32 if K <= 128 else 16)
+    block = min(V, 32 if K <= 64 else 16)
     return Config(chunk=32, block=block, num_warps=max(block // 16, K // 64), num_stages=3 if K <= 64 else 2)
 
 
