@@ -15,14 +15,12 @@ from zoo.testing.tolerances import TOLERANCES
 
 FP32 = TOLERANCES["gated_norm"][torch.float32]
 TOKENS = {"x": "BTHV", "gate": "BTHV"}
-SKIP = {"skip": "BTHV", "skip_weight": "HV"}
 CASES = [
     ({"x": "BTHV"}, {"scale": 0.25, "eps": 1e-3}),
     ({**TOKENS, "weight": "V"}, {}),
     ({**TOKENS, "weight": "HV", "bias": "HV"}, {"kind": "layer"}),
     ({**TOKENS, "weight": "V", "bias": "V"}, {"kind": "layer", "gate_first": True, "scale": 2.0}),
-    ({**TOKENS, **SKIP, "weight": "HV"}, {"gate_first": True}),
-    ({"x": "BTHV", **SKIP}, {"kind": "layer"}),
+    ({**TOKENS, "weight": "HV"}, {"gate_first": True}),
 ]
 
 
@@ -34,7 +32,7 @@ def test_outputs_and_gradients(impl: str, shapes: dict[str, str], options: dict,
     check_op(partial(op, impl="reference"), partial(op, impl=impl), inputs(T, shapes, seed=1, B=2, H=H, V=V), FP32)
 
 
-@pytest.mark.parametrize("shapes", [{**TOKENS, **SKIP, "weight": "HV"}, {**TOKENS, "weight": "V"}])
+@pytest.mark.parametrize("shapes", [{**TOKENS, "weight": "HV"}, {**TOKENS, "weight": "V"}])
 def test_several_blocks_and_programs(monkeypatch: pytest.MonkeyPatch, shapes: dict[str, str]) -> None:
     fused = pytest.importorskip("zoo.kernels.gated_norm.triton")
     small = fused.Config(chunk=1, block=64, num_warps=4, num_stages=1)
@@ -48,12 +46,12 @@ def test_several_blocks_and_programs(monkeypatch: pytest.MonkeyPatch, shapes: di
 
 def test_slices_are_read_in_place() -> None:
     pytest.importorskip("triton")
-    a = inputs(7, {"projected": "BTD", "weight": "V"}, B=2, D=3 * 4 * 8 + 5, V=8)
+    a = inputs(7, {"projected": "BTD", "weight": "V"}, B=2, D=2 * 4 * 8 + 5, V=8)
 
     def op(projected: torch.Tensor, weight: torch.Tensor, impl: str) -> torch.Tensor:
-        x, gate, skip, _ = projected.split([32, 32, 32, 5], dim=-1)
-        x, gate, skip = (y.unflatten(-1, (4, 8)) for y in (x, gate, skip))
-        return gated_norm(x, gate, weight, skip=skip, skip_weight=weight, impl=impl)
+        x, gate, _ = projected.split([32, 32, 5], dim=-1)
+        x, gate = (y.unflatten(-1, (4, 8)) for y in (x, gate))
+        return gated_norm(x, gate, weight, impl=impl)
 
     check_op(partial(op, impl="reference"), partial(op, impl="triton"), a, FP32)
 
@@ -77,5 +75,3 @@ def test_dtypes_and_what_does_not_fit() -> None:
         gated_norm(a["x"], a["gate"][:, :3])
     with pytest.raises(UnsupportedError, match="kind 'batch' is unknown; use 'layer' or 'rms'"):
         gated_norm(a["x"], kind="batch")  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match="only one of skip and skip_weight"):
-        gated_norm(a["x"], skip=a["gate"])

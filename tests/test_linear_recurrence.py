@@ -15,7 +15,7 @@ from zoo.testing.tolerances import TOLERANCES, relative_error
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 130)
 DECAYS = {"none": None, "head": "H", "step": "BTH", "channel": "BTHK"}
-SHAPES = {"q": "BTHK", "k": "BTHK", "v": "BTHV", "bonus": "HK", "initial_state": "BHKV"}
+SHAPES = {"q": "BTHK", "k": "BTHK", "v": "BTHV", "bonus": "HK", "skip": "H", "initial_state": "BHKV"}
 EXTREME = (0.0, -1e-6, -20.0)
 
 reference = partial(linear_recurrence, impl="reference")
@@ -85,7 +85,7 @@ def test_segments_equal_the_whole(decay):
         cut = {n: a[n][:, start : start + length] for n in ("q", "k", "v")}
         if decay != "none":
             cut["decay"] = a["decay"] if decay == "head" else a["decay"][:, start : start + length]
-        o, S = parallel(**cut, bonus=a["bonus"], initial_state=S)
+        o, S = parallel(**cut, bonus=a["bonus"], skip=a["skip"], initial_state=S)
         pieces.append(o)
         start += length
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-11, atol=1e-11)

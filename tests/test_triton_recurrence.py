@@ -31,7 +31,7 @@ TOLERANCE = TOLERANCES["linear_recurrence"]
 def arguments(kind, T, *, extreme=None, state=True, dtype=torch.float32, seed=0, **sizes):
     """kind: a key of DECAYS; "bonus" is RWKV-6, whose channels decay too."""
     sizes = {"B": 1, "H": 1, "K": 17, "V": 5} | sizes
-    shapes = {"q": "BTHK", "k": "BTHK", "v": "BTHV"} | ({"bonus": "HK"} if kind == "bonus" else {})
+    shapes = {"q": "BTHK", "k": "BTHK", "v": "BTHV", "skip": "H"} | ({"bonus": "HK"} if kind == "bonus" else {})
     x = {name: t.detach().to(dtype).requires_grad_() for name, t in inputs(T, shapes, seed=seed, **sizes).items()}
     if state:
         x |= inputs(T, {"initial_state": "BHKV"}, seed=seed + 1, **sizes)
@@ -84,7 +84,7 @@ def test_several_sequences_heads_and_blocks(kind):
 def test_without_states_and_with_any_strides(kind):
     x = arguments(kind, 18, H=2, state=False)
     # Heads before time, and channels not next to each other.
-    for name in set(x) - {"bonus"} - ({"decay"} if kind == "head" else set()):
+    for name in set(x) - {"bonus", "skip"} - ({"decay"} if kind == "head" else set()):
         x[name] = x[name].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     x["v"] = x["v"].detach().mT.contiguous().mT.requires_grad_()
 
@@ -140,7 +140,10 @@ def test_states_that_were_not_kept(monkeypatch):
     """Nothing but a decay per head needs them then, and only for its own gradient."""
     monkeypatch.setattr(scalar, "walks_alone", lambda q: False)
     x = arguments("head", 34, H=2, K=3)
-    assert torch.ops.zoo.linear_recurrence(x["q"], x["k"], x["v"], x["decay"][None], None, False, True)[2].numel() == 0
+    assert (
+        torch.ops.zoo.linear_recurrence(x["q"], x["k"], x["v"], x["decay"][None], None, None, False, True)[2].numel()
+        == 0
+    )
     check(x)
 
 
@@ -210,7 +213,8 @@ def test_vmap_folds_the_batch(kind):
 @pytest.mark.parametrize("kind", ["none", "step"])
 def test_opcheck_scalar(kind):
     x = arguments(kind, 2, B=2, K=3, V=3)
-    given = (x["q"], x["k"], x["v"], x.get("decay"), x["initial_state"], True, True)
+    skip = x["skip"].detach().expand(2, 1).requires_grad_()
+    given = (x["q"], x["k"], x["v"], x.get("decay"), skip, x["initial_state"], True, True)
     torch.library.opcheck(torch.ops.zoo.linear_recurrence.default, given)
 
 

@@ -99,11 +99,9 @@ class Mamba2(ReadoutMixer):
         x, (B, C) = x.unflatten(-1, (H, -1)), BC.unflatten(-1, (2, G, N)).unbind(2)
         # The step multiplies B, which has fewer channels than x in all but the largest states.
         q, k, decay = ssd_inputs(C, B, dt, self.dt_bias, self.A_log)
-        y, ssm = linear_recurrence(q, k, x, decay, initial_state=ssm, return_state=return_state)
-        D = self.D[:, None].expand(-1, self.config.head_dim).reshape(G, -1)
-        y, z, x = (pick(t.flatten(2)).unflatten(-1, (G, -1)) for t in (y, z, x))
-        norm = self.norm_weight.view(G, -1)
-        y = self.out_proj(gated_norm(y, z, norm, skip=x, skip_weight=D, gate_first=True).flatten(2))
+        y, ssm = linear_recurrence(q, k, x, decay, skip=self.D, initial_state=ssm, return_state=return_state)
+        y, z = (pick(t.flatten(2)).unflatten(-1, (G, -1)) for t in (y, z))
+        y = self.out_proj(gated_norm(y, z, self.norm_weight.view(G, -1), gate_first=True).flatten(2))
         if x_cache is None or BC_cache is None or ssm is None:
             return y, None
         return y, Mamba2State(torch.cat([x_cache, BC_cache], dim=-1), ssm)

@@ -1,4 +1,4 @@
-"""What stands between the read-out of a state and the output projection: a skip, a gate and a norm of each head."""
+"""What stands between the read-out of a state and the output projection: a gate and a norm of each head."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ def gated_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    skip: Tensor | None = None,
-    skip_weight: Tensor | None = None,
     kind: Kind = "rms",
     gate_first: bool = False,
     scale: float = 1.0,
@@ -31,38 +29,33 @@ def gated_norm(
     """Each head on its own, over its V channels, in fp32 (fp64 for fp64 inputs) whatever the dtypes.
 
         norm(u) = scale * weight * u / sqrt(mean(u^2) + eps) + bias       kind="rms" (arXiv 1910.07467, eq. 4)
-        y = norm(x + skip_weight * skip) * silu(gate)
-        y = norm((x + skip_weight * skip) * silu(gate))                   gate_first, as in Mamba-2
+        y = norm(x) * silu(gate)
+        y = norm(x * silu(gate))                                          gate_first, as in Mamba-2
 
     With kind="layer" the mean is first subtracted from u, as a group norm does (arXiv 1803.08494). The length 1 is
     a norm too: u / sqrt(|u|^2 + e) is scale = V^-1/2, eps = e / V.
 
     Args:
-        x, gate, skip: (B, T, H, V). Without a gate, silu(gate) is 1.
-        weight, bias, skip_weight: (V,), the same for all heads, or (H, V). skip and skip_weight go together.
+        x, gate: (B, T, H, V). Without a gate, silu(gate) is 1.
+        weight, bias: (V,), the same for all heads, or (H, V).
         impl: "reference", "chunked", "triton", or None to choose by device.
 
     Returns:
         y (B, T, H, V) in x's dtype.
 
     Raises:
-        UnsupportedError: shapes do not fit, one of skip and skip_weight is missing, the kind is unknown, or there is no
-            such backend.
+        UnsupportedError: shapes do not fit, the kind is unknown, or there is no such backend.
     """
     letters = {1: "V"}
     check_shapes(
         "gated_norm",
         x=(x, "BTHV"),
         gate=(gate, "BTHV"),
-        skip=(skip, "BTHV"),
         weight=(weight, letters.get(0 if weight is None else weight.dim(), "HV")),
         bias=(bias, letters.get(0 if bias is None else bias.dim(), "HV")),
-        skip_weight=(skip_weight, letters.get(0 if skip_weight is None else skip_weight.dim(), "HV")),
     )
     if kind not in ("layer", "rms"):
         raise UnsupportedError(f"gated_norm: kind {kind!r} is unknown; use 'layer' or 'rms'.")
-    if (skip is None) != (skip_weight is None):
-        raise UnsupportedError("gated_norm: only one of skip and skip_weight is given; give both, or neither.")
     module = backend(__name__, IMPLS, impl, x.device)
     with full_precision(x):
-        return module.gated_norm(x, gate, weight, bias, skip, skip_weight, kind, gate_first, scale, eps)
+        return module.gated_norm(x, gate, weight, bias, kind, gate_first, scale, eps)

@@ -13,8 +13,6 @@ def gated_norm(
     gate: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    skip: Tensor | None,
-    skip_weight: Tensor | None,
     kind: str,
     gate_first: bool,
     scale: float,
@@ -22,8 +20,6 @@ def gated_norm(
 ) -> Tensor:
     wide = state_dtype(x.dtype)
     u = x.to(wide)
-    if skip is not None and skip_weight is not None:
-        u = u + skip_weight * skip
     opened = None if gate is None else F.silu(gate.to(wide))
     if gate_first and opened is not None:
         u, opened = u * opened, None

@@ -40,9 +40,9 @@ def _standardised(u, column, eps, RMS: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    x, gate, skip, weight, bias, skip_weight, y, M, steps, parts, scale, eps,
-    x_g, x_m, x_h, gate_g, gate_m, gate_h, skip_g, skip_m, skip_h,
-    GATE: tl.constexpr, SKIP: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    x, gate, weight, bias, y, M, steps, parts, scale, eps,
+    x_g, x_m, x_h, gate_g, gate_m, gate_h,
+    GATE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     RMS: tl.constexpr, GATE_FIRST: tl.constexpr,
     H: tl.constexpr, HEADS: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -58,9 +58,6 @@ def forward_kernel(
         token, head = (row // H, row % H) if HEADS == 1 else (row, row * 0 + at % HEADS)
         live = token < M
         u = _load(x, group, token, head, column, live, x_g, x_m, x_h, V)
-        if SKIP:
-            through = _load(skip, group, token, head, column, live, skip_g, skip_m, skip_h, V)
-            u += through * _load_weight(skip_weight, at, column, V)[None, :]
         if GATE:
             z = _load(gate, group, token, head, column, live, gate_g, gate_m, gate_h, V)
             opened = z * tl.sigmoid(z)
@@ -77,14 +74,14 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    x, gate, skip, weight, bias, skip_weight, dy, dx, dgate, dskip, weight_sums, bias_sums, skip_weight_sums,
+    x, gate, weight, bias, dy, dx, dgate, weight_sums, bias_sums,
     M, steps, parts, scale, eps,
-    x_g, x_m, x_h, gate_g, gate_m, gate_h, skip_g, skip_m, skip_h, dy_g, dy_m, dy_h,
-    GATE: tl.constexpr, SKIP: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    x_g, x_m, x_h, gate_g, gate_m, gate_h, dy_g, dy_m, dy_h,
+    GATE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     RMS: tl.constexpr, GATE_FIRST: tl.constexpr,
     H: tl.constexpr, HEADS: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """weight_sums and the others (groups * HEADS, parts, V): gradients, summed over a program's rows."""
+    """weight_sums and bias_sums (groups * HEADS, parts, V): gradients, summed over a program's rows."""
     at, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     group = at // HEADS
     column = tl.arange(0, BLOCK_V)
@@ -92,7 +89,7 @@ def backward_kernel(
     if WEIGHT:
         factor *= _load_weight(weight, at, column, V)
     zeros = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    dweight, dbias, dskip_weight = zeros, zeros, zeros
+    dweight, dbias = zeros, zeros
     for step in range(steps):
         row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
         token, head = (row // H, row % H) if HEADS == 1 else (row, row * 0 + at % HEADS)
@@ -100,9 +97,6 @@ def backward_kernel(
         # All loads before the first sum, which would hold them up.
         u = _load(x, group, token, head, column, live, x_g, x_m, x_h, V)
         slope = _load(dy, group, token, head, column, live, dy_g, dy_m, dy_h, V)
-        if SKIP:
-            through = _load(skip, group, token, head, column, live, skip_g, skip_m, skip_h, V)
-            u += through * _load_weight(skip_weight, at, column, V)[None, :]
         ungated = u
         if GATE:
             z = _load(gate, group, token, head, column, live, gate_g, gate_m, gate_h, V)
@@ -132,14 +126,8 @@ def backward_kernel(
             dz *= sigmoid * (1 + z * (1 - sigmoid))
             _store(dgate, dz, group, token, head, column, live, M, H, V)
         _store(dx, change, group, token, head, column, live, M, H, V)
-        if SKIP:
-            dskip_weight += change * through
-            through_slope = change * _load_weight(skip_weight, at, column, V)[None, :]
-            _store(dskip, through_slope, group, token, head, column, live, M, H, V)
     to = tl.program_id(0) * V + column
     if WEIGHT:
         tl.store(weight_sums + to, tl.sum(dweight, 0), mask=column < V)
     if BIAS:
         tl.store(bias_sums + to, tl.sum(dbias, 0), mask=column < V)
-    if SKIP:
-        tl.store(skip_weight_sums + to, tl.sum(dskip_weight, 0), mask=column < V)

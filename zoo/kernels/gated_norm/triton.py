@@ -1,4 +1,4 @@
-"""Skip, gate and norm in one pass over memory, all gradients in another.
+"""Gate and norm in one pass over memory, all gradients in another.
 
 Every tensor of the custom ops has the groups, each with weights of its own, as its first axis.
 """
@@ -25,19 +25,17 @@ def gated_norm(
     gate: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    skip: Tensor | None,
-    skip_weight: Tensor | None,
     kind: str,
     gate_first: bool,
     scale: float,
     eps: float,
 ) -> Tensor:
-    check_launch("gated_norm", x, gate, weight, bias, skip, skip_weight)
+    check_launch("gated_norm", x, gate, weight, bias)
     if x.numel() == 0:
         return x
-    weights = (weight, bias, skip_weight)
+    weights = (weight, bias)
     heads = max([1, *(len(w) for w in weights if w is not None and w.dim() == 2)])
-    tokens = (None if t is None else t.reshape(1, -1, *t.shape[2:]) for t in (x, gate, skip))
+    tokens = (None if t is None else t.reshape(1, -1, *t.shape[2:]) for t in (x, gate))
     by_head = (None if w is None else w.expand(heads, -1)[None] for w in weights)
     return torch.ops.zoo.gated_norm(*tokens, *by_head, kind == "rms", gate_first, scale, eps).view(x.shape)
 
@@ -46,18 +44,16 @@ def gated_norm(
 def _forward(
     x: Tensor,
     gate: Tensor | None,
-    skip: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    skip_weight: Tensor | None,
     rms: bool,
     gate_first: bool,
     scale: float,
     eps: float,
 ) -> Tensor:
-    """x, gate and skip (groups, M, H, V), weights (groups, H or 1, V)."""
+    """x and gate (groups, M, H, V), weights (groups, H or 1, V)."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tensors, strides, options = _prepared((x, gate, skip), (weight, bias, skip_weight), rms, gate_first)
+    tensors, strides, options = _prepared((x, gate), (weight, bias), rms, gate_first)
     programs, launch = _launch(x, options["HEADS"], configured("gated_norm.forward", config_of, x), PROGRAMS)
     kernels.forward_kernel[(programs,)](*tensors, y, *launch.pop("split"), scale, eps, *strides, **options, **launch)
     return y
@@ -67,10 +63,8 @@ def _forward(
 def _(
     x: Tensor,
     gate: Tensor | None,
-    skip: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    skip_weight: Tensor | None,
     rms: bool,
     gate_first: bool,
     scale: float,
@@ -83,20 +77,18 @@ def _(
 def _backward(
     x: Tensor,
     gate: Tensor | None,
-    skip: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    skip_weight: Tensor | None,
     dy: Tensor,
     rms: bool,
     gate_first: bool,
     scale: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of all tensors but dy; of those that are None, no elements."""
-    weights = (weight, bias, skip_weight)
-    tensors, strides, options = _prepared((x, gate, skip), weights, rms, gate_first)
-    gradients = [empty_like(t, x) for t in (x, gate, skip)]
+    weights = (weight, bias)
+    tensors, strides, options = _prepared((x, gate), weights, rms, gate_first)
+    gradients = [empty_like(t, x) for t in (x, gate)]
     dy = rows(dy)
     config = configured("gated_norm.backward", backward_config, x)
     programs, launch = _launch(x, options["HEADS"], config, SUMMING_PROGRAMS)
@@ -124,17 +116,15 @@ def _backward(
 def _(
     x: Tensor,
     gate: Tensor | None,
-    skip: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    skip_weight: Tensor | None,
     dy: Tensor,
     rms: bool,
     gate_first: bool,
     scale: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(empty_like(t, x) for t in (x, gate, skip, weight, bias, skip_weight))  # type: ignore[return-value]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(empty_like(t, x) for t in (x, gate, weight, bias))  # type: ignore[return-value]
 
 
 def config_of(x: Tensor) -> Config:
@@ -155,7 +145,7 @@ def _prepared(
     by_token = [rows(x if t is None else t) for t in tokens]
     by_head = [x if w is None else w.contiguous() for w in weights]
     heads = max([1, *(w.shape[1] for w in weights if w is not None)])
-    options = {"GATE": tokens[1] is not None, "SKIP": tokens[2] is not None}
+    options = {"GATE": tokens[1] is not None}
     options |= {"WEIGHT": weights[0] is not None, "BIAS": weights[1] is not None, "RMS": rms, "GATE_FIRST": gate_first}
     strides = [stride for t in by_token for stride in t.stride()[:3]]
     return by_token + by_head, strides, options | {"HEADS": heads}
@@ -175,8 +165,8 @@ def _launch(x: Tensor, heads: int, config: Config, most: int) -> tuple[int, dict
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -18,6 +18,7 @@ def linear_recurrence(
     decay: Tensor | None = None,
     *,
     bonus: Tensor | None = None,
+    skip: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = True,
     impl: str | None = None,
@@ -28,6 +29,8 @@ def linear_recurrence(
         o_t = S_t^T q_t                                 without bonus
         o_t = (S_{t-1} + diag(u) k_t v_t^T)^T q_t       with bonus u
 
+    and D v_t besides with a skip D.
+
     Nothing is scaled or normalised; scale q before the call.
 
     Args:
@@ -37,6 +40,7 @@ def linear_recurrence(
             g = 0; (H,) a constant per head; (B, T, H) per step; (B, T, H, K) per step and channel, where the fused
             kernels take less than -20.1 for -20.1, which keeps 2e-9.
         bonus: u (H, K), the weight of the current token in place of 1.
+        skip: D (H,).
         initial_state: S_0 (B, H, K, V); None for zeros.
         return_state: False where S_T is not needed, which spares its computation; S is then None.
         impl: "reference", "chunked", "triton", "step" or "step_triton" (one token), or None to choose.
@@ -60,12 +64,13 @@ def linear_recurrence(
         v=(v, "BTHV"),
         decay=(decay, letters),
         bonus=(bonus, "HK"),
+        skip=(skip, "H"),
         initial_state=(initial_state, "BHKV"),
     )
     if 0 in sizes.values():
         raise UnsupportedError(f"{op}: q is {tuple(q.shape)} and v {tuple(v.shape)}; no axis may be empty.")
-    impl = impl or step_backend(sizes["T"], initial_state, return_state, q, k, v, decay, bonus, initial_state)
+    impl = impl or step_backend(sizes["T"], initial_state, return_state, q, k, v, decay, bonus, skip, initial_state)
     run = backend(__name__, IMPLS, impl, q.device).linear_recurrence
     # Autocast would take the products in half precision.
     with full_precision(q):
-        return run(q, k, v, decay, bonus=bonus, initial_state=initial_state, return_state=return_state)
+        return run(q, k, v, decay, bonus=bonus, skip=skip, initial_state=initial_state, return_state=return_state)

@@ -33,6 +33,7 @@ def linear_recurrence(
     decay: Tensor | None = None,
     *,
     bonus: Tensor | None = None,
+    skip: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -47,6 +48,8 @@ def linear_recurrence(
         first = torch.zeros_like(v[:, :1]) if S is None else torch.einsum("bhk,bhkv->bhv", q[:, 0], S)[:, None]
         o, S = _inclusive(pad(q[:, 1:], (0, 0, 0, 0, 0, 1)), k, v, g, S, return_state)
         o = torch.cat([first, o[:, :-1]], dim=1) + (q * bonus.to(dtype) * k).sum(-1, keepdim=True) * v
+    if skip is not None:
+        o = o + skip.to(dtype)[:, None] * v
     return o.to(out_dtype), S
 
 

@@ -15,6 +15,7 @@ def linear_recurrence(
     decay: Tensor | None = None,
     *,
     bonus: Tensor | None = None,
+    skip: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -30,5 +31,6 @@ def linear_recurrence(
         kv = k[:, t, :, :, None] * v[:, t, :, None, :]
         before, S = S, kept[:, t, :, :, None] * S + kv
         read = S if bonus is None else before + bonus.to(dtype)[:, :, None] * kv
-        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], read))
+        o = torch.einsum("bhk,bhkv->bhv", q[:, t], read)
+        outputs.append(o if skip is None else o + skip.to(dtype)[:, None] * v[:, t])
     return torch.stack(outputs, dim=1).to(out_dtype), S if return_state else None

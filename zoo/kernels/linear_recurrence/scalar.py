@@ -20,11 +20,12 @@ def forward(
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
+    skip: Tensor | None,
     initial_state: Tensor | None,
     return_state: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, S_T and, for the backward pass, the state before each chunk. decay (B, H) or (B, T, H).
+    """o, S_T and, for the backward pass, the state before each chunk. decay (B, H) or (B, T, H), skip (B, H).
 
     Without return_state S_T has no elements; without `save`, or where a backward pass needs none, states has none.
     """
@@ -32,7 +33,7 @@ def forward(
     config = configured("linear_recurrence.scalar_forward", forward_config, q, v)
     o, last, states = _results(q, v, decay, return_state, save)
     kept = states if states.shape[1] else None
-    _carry(config, False, False, q, k, v, decay, initial_state, o, kept, last if return_state else None)
+    _carry(config, False, False, q, k, v, decay, skip, initial_state, o, kept, last if return_state else None)
     return o, last, states
 
 
@@ -42,6 +43,7 @@ def _(
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
+    skip: Tensor | None,
     initial_state: Tensor | None,
     return_state: bool,
     save: bool,
@@ -55,13 +57,14 @@ def backward(
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
+    skip: Tensor | None,
     initial_state: Tensor | None,
     states: Tensor,
     do: Tensor,
     dlast: Tensor | None,
     decay_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, ddecay and dS_0; an unwanted ddecay and dS_0 without an initial state have no elements."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, ddecay, dskip and dS_0; an unwanted ddecay and those of what is None have no elements."""
     B, T, H, K = q.shape
     V = v.shape[-1]
     q, k, v, do = rows(q), rows(k), rows(v), rows(do)
@@ -70,40 +73,48 @@ def backward(
         # Whether a decay per head needs a gradient is not known as the forward pass is run.
         states = _empty_states(q, v)
         config = configured("linear_recurrence.scalar_forward", forward_config, q, v)
-        _carry(config, False, False, q, k, v, decay, initial_state, empty_like(v, q), states, None)
+        _carry(config, False, False, q, k, v, decay, None, initial_state, empty_like(v, q), states, None)
     C = _chunk(q, v)
     g, g_strides, kind = _kind(decay, q)
+    through, through_strides = _skip(skip, q)
     copy = _small(q, v) and copies_tiles(C, q, k, v, do)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g_strides, *do.stride()[:3])
     shared: dict[str, Any] = {"K": K, "V": V, "BLOCK_V": padded(V), "C": C, "DECAY": kind, "COPY": copy}
     shared |= {"HAS_FIRST": initial_state is not None, "HAS_LAST": dlast is not None, "PRECISION": precision(q)}
-    if not decay_gradient and _small(q, v):
+    shared |= {"SKIP": skip is not None, "DECAY_GRADIENT": decay_gradient}
+    alone = walks_alone(q)
+    if _small(q, v) and (alone or not decay_gradient):
         config = configured("linear_recurrence.scalar_walk_backward", walk_backward_config, q, v)
-        alone = walks_alone(q)
+        dg, dskip = _parts(q, decay_gradient, 1), _parts(q[:, :1], skip is not None, 1)
         q_, k_, v_, do_, dq_, dk_, dv_ = _tiles(copy, C, (q, K), (k, K), (v, V), (do, V), (dq, K), (dk, K), (dv, V))
         scalar_kernels.backward_kernel[(B * H * (1 if alone else 2),)](
-            q_, k_, v_, g, q if initial_state is None else initial_state.contiguous(), states, do_,
-            q if dlast is None else dlast.contiguous(), dq_, dk_, dv_, dfirst, T, H, B * H, *strides,
-            **shared, BLOCK_K=padded(K), ALONE=alone, num_warps=config.num_warps, num_stages=config.num_stages,
+            q_, k_, v_, g, through, q if initial_state is None else initial_state.contiguous(), states, do_,
+            q if dlast is None else dlast.contiguous(), dq_, dk_, dv_, dg, dskip, dfirst, T, H, B * H, *strides,
+            *through_strides, **shared, BLOCK_K=padded(K), ALONE=alone, num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )  # fmt: skip
-        return dq, dk, dv, empty_like(None, q), dfirst
-    config = configured("linear_recurrence.scalar_carry_backward", carry_backward_config, q, v)
-    D = torch.empty_like(states)
-    _carry(config, True, copy, k, q, do, decay, dlast, dv, D, None if initial_state is None else dfirst)
-    config = configured("linear_recurrence.scalar_chunks_backward", chunks_backward_config, q, v)
-    block = min(config.block, padded(K))
-    blocks = triton.cdiv(K, block)
-    chunks = chunks_of_a_program(q, v, states.shape[2])
-    dg = torch.empty(blocks if decay_gradient else 0, B, T, H, dtype=torch.float32, device=q.device)
-    q_, k_, v_, do_, dq_, dk_ = _tiles(copy, C, (q, block), (k, block), (v, V), (do, V), (dq, block), (dk, block))
-    scalar_kernels.gradient_kernel[(B * H * (states.shape[2] // chunks) * blocks,)](
-        q_, k_, v_, g, do_, states, D, dq_, dk_, dg, T, H, B * T * H, *strides, **shared, BLOCK=block, CHUNKS=chunks,
-        DECAY_GRADIENT=decay_gradient, num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    if not decay_gradient or decay is None:
-        return dq, dk, dv, empty_like(None, q), dfirst
-    dg = dg[0] if blocks == 1 else dg.sum(0)
-    return dq, dk, dv, (dg.sum(1) if decay.dim() == 2 else dg).to(decay.dtype), dfirst
+    else:
+        config = configured("linear_recurrence.scalar_carry_backward", carry_backward_config, q, v)
+        D = torch.empty_like(states)
+        _carry(config, True, copy, k, q, do, decay, skip, dlast, dv, D, None if initial_state is None else dfirst)
+        config = configured("linear_recurrence.scalar_chunks_backward", chunks_backward_config, q, v)
+        block = min(config.block, padded(K))
+        blocks = triton.cdiv(K, block)
+        chunks = chunks_of_a_program(q, v, states.shape[2])
+        groups = states.shape[2] // chunks
+        dg, dskip = _parts(q, decay_gradient, blocks), _parts(q[:, :1], skip is not None, groups)
+        q_, k_, v_, do_, dq_, dk_ = _tiles(copy, C, (q, block), (k, block), (v, V), (do, V), (dq, block), (dk, block))
+        scalar_kernels.gradient_kernel[(B * H * groups * blocks,)](
+            q_, k_, v_, g, do_, states, D, dq_, dk_, dg, dskip, T, H, B * T * H, *strides, **shared, BLOCK=block,
+            CHUNKS=chunks, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    ddecay, dthrough = empty_like(None, q), empty_like(None, q)
+    if decay is not None and decay_gradient:
+        ddecay = _sum(dg).sum(1) if decay.dim() == 2 else _sum(dg)
+        ddecay = ddecay.to(decay.dtype)
+    if skip is not None:
+        dthrough = _sum(dskip)[:, 0].to(skip.dtype)
+    return dq, dk, dv, ddecay, dthrough, dfirst
 
 
 @backward.register_fake
@@ -112,13 +123,14 @@ def _(
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
+    skip: Tensor | None,
     initial_state: Tensor | None,
     states: Tensor,
     do: Tensor,
     dlast: Tensor | None,
     decay_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wanted = (q, k, v, decay if decay_gradient else None, initial_state)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wanted = (q, k, v, decay if decay_gradient else None, skip, initial_state)
     return tuple(empty_like(x, q) for x in wanted)  # type: ignore[return-value]
 
 
@@ -142,18 +154,20 @@ def _chunk(q: Tensor, v: Tensor) -> int:
 
 def _carry(
     config: Config, reverse: bool, copy: bool, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None,
-    first: Tensor | None, o: Tensor, states: Tensor | None, last: Tensor | None,
+    skip: Tensor | None, first: Tensor | None, o: Tensor, states: Tensor | None, last: Tensor | None,
 ) -> None:  # fmt: skip
     B, T, H, K = q.shape
     V = v.shape[-1]
     C = _chunk(q, v)
     block = min(config.block, padded(V))
     g, g_strides, kind = _kind(decay, q)
+    through, through_strides = _skip(skip, q)
     q_, k_, v_, o_ = _tiles(copy, C, (q, K), (k, K), (v, block), (o, block))
     scalar_kernels.forward_kernel[(B * H * triton.cdiv(V, block),)](
-        q_, k_, v_, g, q if first is None else first.contiguous(), o_, q if states is None else states,
+        q_, k_, v_, g, through, q if first is None else first.contiguous(), o_, q if states is None else states,
         q if last is None else last, T, H, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g_strides,
-        K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=C, DECAY=kind, REVERSE=reverse,
+        *through_strides, K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=C, DECAY=kind, SKIP=skip is not None,
+        REVERSE=reverse,
         HAS_FIRST=first is not None, HAS_LAST=last is not None, SAVE=states is not None, PRECISION=precision(q),
         COPY=copy, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -199,9 +213,22 @@ def _kind(decay: Tensor | None, q: Tensor) -> tuple[Tensor, tuple[int, int, int]
     return decay, (decay.stride(0), decay.stride(1), decay.stride(2)), scalar_kernels.PER_STEP.value
 
 
+def _skip(skip: Tensor | None, q: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    return (q, (0, 0)) if skip is None else (skip, (skip.stride(0), skip.stride(1)))
+
+
+def _parts(q: Tensor, wanted: bool, parts: int) -> Tensor:
+    """Memory for `parts` terms of a sum for each step and head, none unless wanted."""
+    return torch.empty(parts if wanted else 0, *q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+def _sum(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:5], output[2])
-    ctx.return_state = inputs[5]
+    ctx.save_for_backward(*inputs[:6], output[2])
+    ctx.return_state = inputs[6]
     ctx.set_materialize_grads(False)
 
 

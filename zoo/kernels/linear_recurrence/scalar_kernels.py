@@ -10,12 +10,16 @@ behind it by e^{until_s}:
     dk_s = e^{until_s} D v_s    + sum_{t>=s} a(t, s) (do_t.v_s) q_t
     dv_s = e^{until_s} D^T k_s  + sum_{t>=s} a(t, s) (q_t.k_s) do_t
 
-D is the gradient of the state behind the chunk. o is one `walk`, and so is dq, of do, v and k; dk and dv are found in
-one walk back, which carries D. `backward_kernel` has them in two programs, or all in one that loads each S, which the
-forward pass has kept. The gradient of g_u adds up what goes over step u: pairs s < u <= t of the chunk, reads of S at
-t >= u, writes to D at s < u, and S.D e^{g_1 + ... + g_C}. A walk with all of this runs out of registers, so with it
-`forward_kernel` only carries D back, for dv, and `gradient_kernel` takes each chunk on its own. The sums are of fp32
-products, and none is a difference of much larger ones: a decay of e^-20 has an exact gradient.
+D is the gradient of the state behind the chunk; a skip adds to each (q_t.k_t). o is one `walk`, and so is dq, of do, v
+and k; dk and dv are found in one walk back, which carries D. `backward_kernel` has them in two programs, or all in one
+that loads each S, which the forward pass has kept. Where there are too few programs for that, and the gradient of a
+decay or wide heads are too much for two, `forward_kernel` only carries D back, for dv, and `gradient_kernel` takes each
+chunk on its own.
+
+The gradient of g_u adds up what goes over step u: S.D e^{g_1 + ... + g_C}, what s < u write to D, what t >= u read of
+S, and pairs s < u <= t of the chunk. The last are, over t >= u, q_t.dq_t less k_t.dk_t of all other pairs of the chunk:
+those with both steps at u or later cancel, in fp32. No sum is a difference of much larger ones, for which a step's own
+pair s = t is kept apart: a decay of e^-20 has an exact gradient, but in fp16, which does not hold its pairs.
 
 COPY: the hardware copies whole tiles of (B T, channels of all heads), which spares most of the registers and
 instructions that addresses and masks take.
@@ -88,6 +92,14 @@ def decay_of_pairs(
 
 
 @triton.jit
+def over_each_step(net, writes, C: tl.constexpr):
+    """For each u of a chunk: the sum of `net` from u on and of `writes` before u."""
+    row = tl.arange(0, C)
+    before = tl.where(row > 0, tl.gather(tl.cumsum(writes, 0), tl.maximum(row - 1, 0), 0), 0.0)
+    return before + tl.cumsum(net, 0, reverse=True)
+
+
+@triton.jit
 def load_tile(
     x, b, h, at, T, column, x_b, x_t, x_h, C: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, COPY: tl.constexpr
 ):
@@ -114,10 +126,10 @@ def store_tile(
 
 @triton.jit
 def walk(
-    q, k, v, g, first, o, states, last, b, h, T, H, column, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t,
+    q, k, v, g, skip, first, o, states, last, b, h, T, H, column, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    REVERSE: tl.constexpr, TURNED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, SAVE: tl.constexpr,
-    PRECISION: tl.constexpr, COPY: tl.constexpr,
+    SKIP: tl.constexpr, REVERSE: tl.constexpr, TURNED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
+    SAVE: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of o. SAVE keeps the state that each chunk reads. TURNED: `first` is in memory as (V, K).
 
@@ -157,6 +169,8 @@ def walk(
             since, until, whole = sums_of_decay(b_g, g_t, T - at, C, DECAY, EXACT)
             scores *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, not REVERSE, EXACT)
             b_o *= tl.exp2(until if REVERSE else since)[:, None]
+        if SKIP:
+            scores += tl.where(row[:, None] == row[None, :], tl.load(skip).to(tl.float32), 0.0)
         b_o = tl.dot(scores.to(dtype), b_v, b_o, input_precision=PRECISION)
         store_tile(o, b_o, b, h, at, T, H, column, C, V, BLOCK, COPY)
         if DECAY != NO_DECAY:
@@ -169,10 +183,11 @@ def walk(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, g, first, o, states, last, T, H, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
+    q, k, v, g, skip, first, o, states, last, T, H,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, skip_b, skip_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, SAVE: tl.constexpr,
-    PRECISION: tl.constexpr, COPY: tl.constexpr,
+    DECAY: tl.constexpr, SKIP: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
+    SAVE: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head and BLOCK columns of v."""
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
@@ -180,19 +195,20 @@ def forward_kernel(
     b, h = head // H, head % H
     state = head * K * V
     walk(
-        q, k, v, g + b * g_b + h * g_h, first + state, o, states + state * tl.cdiv(T, C), last + state, b, h, T, H,
-        tl.program_id(0) % blocks * BLOCK, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t,
-        K, V, BLOCK_K, BLOCK, C, DECAY, REVERSE, False, HAS_FIRST, HAS_LAST, SAVE, PRECISION, COPY,
+        q, k, v, g + b * g_b + h * g_h, skip + b * skip_b + h * skip_h, first + state, o, states + state * tl.cdiv(T,
+        C), last + state,
+        b, h, T, H, tl.program_id(0) % blocks * BLOCK, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t,
+        K, V, BLOCK_K, BLOCK, C, DECAY, SKIP, REVERSE, False, HAS_FIRST, HAS_LAST, SAVE, PRECISION, COPY,
     )  # fmt: skip
 
 
 @triton.jit
 def walk_back(
-    q, k, v, g, states, do, dlast, dq, dk, dv, dfirst, b, h, T, H,
+    q, k, v, g, skip, states, do, dlast, dq, dk, dv, dg, dskip, dfirst, b, h, T, H,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t, do_b, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, ALONE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
-    PRECISION: tl.constexpr, COPY: tl.constexpr,
+    DECAY: tl.constexpr, SKIP: tl.constexpr, ALONE: tl.constexpr, DECAY_GRADIENT: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """dk and dv; ALONE: and dq."""
     EXACT: tl.constexpr = PRECISION == "tf32x3"
@@ -206,6 +222,9 @@ def walk_back(
         D = tl.load(dlast + state, mask=inside, other=0.0).to(tl.float32)
     else:
         D = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    if SKIP:
+        b_skip = tl.load(skip).to(tl.float32)
+        skipped = tl.zeros((C,), tl.float32)
     for step in range(chunks):
         chunk = chunks - 1 - step
         at = chunk * C
@@ -220,26 +239,43 @@ def walk_back(
         written = D.to(dtype)
 
         # A row of these is an s and a column a t.
-        slopes = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         if DECAY == NO_DECAY:
-            slopes = tl.where(row[:, None] <= row[None, :], slopes, 0.0)
             scores = tl.where(row[:, None] <= row[None, :], scores, 0.0)
         else:
             b_g = g + tl.cast(at, tl.int64) * g_t
             since, until, whole = sums_of_decay(b_g, g_t, T - at, C, DECAY, EXACT)
             a = decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, False, EXACT)
-            slopes *= a
             scores *= a
         b_dv = tl.dot(b_k, written, input_precision=PRECISION)
         if DECAY != NO_DECAY:
             b_dv *= tl.exp2(until)[:, None]
+        if SKIP:
+            scores += tl.where(row[:, None] == row[None, :], b_skip, 0.0)
         b_dv = tl.dot(scores.to(dtype), b_do, b_dv, input_precision=PRECISION)
         store_tile(dv, b_dv, b, h, at, T, H, 0, C, V, BLOCK_V, COPY)
+        slopes = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        if DECAY == NO_DECAY:
+            slopes = tl.where(row[:, None] <= row[None, :], slopes, 0.0)
+        else:
+            slopes *= a
         b_dk = tl.dot(b_v, tl.trans(written), input_precision=PRECISION)
         if DECAY != NO_DECAY:
             b_dk *= tl.exp2(until)[:, None]
-        b_dk = tl.dot(slopes.to(dtype), b_q, b_dk, input_precision=PRECISION)
+        if SKIP or DECAY_GRADIENT:
+            own = tl.sum(tl.where(row[:, None] == row[None, :], slopes, 0.0), 1)
+        if SKIP:
+            skipped += own
+        if DECAY_GRADIENT:
+            across = tl.exp2(whole) * tl.sum(b_S.to(tl.float32) * D)
+            slopes = tl.where(row[:, None] < row[None, :], slopes, 0.0)
+            writes = tl.sum(b_k * b_dk, 1)
+            within = tl.dot(slopes.to(dtype), b_q, input_precision=PRECISION)
+            net = -tl.sum(b_k * within, 1)
+            b_dk += within
+            b_dk += own[:, None] * b_q
+        else:
+            b_dk = tl.dot(slopes.to(dtype), b_q, b_dk, input_precision=PRECISION)
         store_tile(dk, b_dk, b, h, at, T, H, 0, C, K, BLOCK_K, COPY)
 
         if ALONE:
@@ -250,52 +286,61 @@ def walk_back(
             else:
                 slopes *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, True, EXACT)
                 b_dq *= tl.exp2(since)[:, None]
+            if DECAY_GRADIENT:
+                slopes = tl.where(row[:, None] > row[None, :], slopes, 0.0)
             b_dq = tl.dot(slopes.to(dtype), b_k, b_dq, input_precision=PRECISION)
+            if DECAY_GRADIENT:
+                net += tl.sum(b_q * b_dq, 1)
+                b_dq += own[:, None] * b_k
+                tl.store(dg + (at + row) * H, across + over_each_step(net, writes, C), mask=at + row < T)
             store_tile(dq, b_dq, b, h, at, T, H, 0, C, K, BLOCK_K, COPY)
 
         if DECAY != NO_DECAY:
             b_q = (b_q * tl.exp2(since)[:, None]).to(dtype)
             D *= tl.exp2(whole)
         D = tl.dot(tl.trans(b_q), b_do, D, input_precision=PRECISION)
+    if SKIP:
+        tl.store(dskip, tl.sum(skipped))
     if HAS_FIRST:
         tl.store(dfirst + state, D, mask=inside)
 
 
 @triton.jit
 def backward_kernel(
-    q, k, v, g, first, states, do, dlast, dq, dk, dv, dfirst, T, H, heads,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, do_b, do_t, do_h,
+    q, k, v, g, skip, first, states, do, dlast, dq, dk, dv, dg, dskip, dfirst, T, H, heads,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, do_b, do_t, do_h, skip_b, skip_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, ALONE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
-    PRECISION: tl.constexpr, COPY: tl.constexpr,
+    DECAY: tl.constexpr, SKIP: tl.constexpr, ALONE: tl.constexpr, DECAY_GRADIENT: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
-    """All gradients but that of the decay, of a sequence and head: one program ALONE, or two, the longer first."""
+    """All gradients of a sequence and head: one program ALONE, or two, the longer first."""
     head = tl.cast(tl.program_id(0) % heads, tl.int64)
     b, h = head // H, head % H
     g += b * g_b + h * g_h
     state = head * K * V
     if tl.program_id(0) < heads:
         walk_back(
-            q, k, v, g, states + state * tl.cdiv(T, C), do, dlast + state, dq, dk, dv, dfirst + state, b, h, T, H,
-            q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t, do_b, do_t, do_h,
-            K, V, BLOCK_K, BLOCK_V, C, DECAY, ALONE, HAS_FIRST, HAS_LAST, PRECISION, COPY,
+            q, k, v, g, skip + b * skip_b + h * skip_h, states + state * tl.cdiv(T, C), do, dlast + state,
+            dq, dk, dv, dg + b * T * H + h, dskip + head, dfirst + state, b, h, T, H, q_b, q_t, q_h, k_b, k_t, k_h,
+            v_b, v_t, v_h, g_t, do_b, do_t, do_h,
+            K, V, BLOCK_K, BLOCK_V, C, DECAY, SKIP, ALONE, DECAY_GRADIENT, HAS_FIRST, HAS_LAST, PRECISION, COPY,
         )  # fmt: skip
     if not ALONE:  # noqa: SIM102 (known as it is compiled, unlike what follows)
         if tl.program_id(0) >= heads:
             walk(
-                do, v, k, g, first + state, dq, states, dlast, b, h, T, H, 0,
+                do, v, k, g, skip, first + state, dq, states, dlast, b, h, T, H, 0,
                 do_b, do_t, do_h, v_b, v_t, v_h, k_b, k_t, k_h, g_t,
-                V, K, BLOCK_V, BLOCK_K, C, DECAY, False, True, HAS_FIRST, False, False, PRECISION, COPY,
+                V, K, BLOCK_V, BLOCK_K, C, DECAY, False, False, True, HAS_FIRST, False, False, PRECISION, COPY,
             )  # fmt: skip
 
 
 @triton.jit
 def gradient_kernel(
-    q, k, v, g, do, S, D, dq, dk, dg, T, H, tokens,
+    q, k, v, g, do, S, D, dq, dk, dg, dskip, T, H, tokens,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, do_b, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    CHUNKS: tl.constexpr, DECAY: tl.constexpr, DECAY_GRADIENT: tl.constexpr, HAS_FIRST: tl.constexpr,
-    HAS_LAST: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
+    CHUNKS: tl.constexpr, DECAY: tl.constexpr, SKIP: tl.constexpr, DECAY_GRADIENT: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head, CHUNKS and BLOCK columns of dq and dk, with its part of dg, of `tokens`."""
     blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
@@ -312,6 +357,8 @@ def gradient_kernel(
     row = tl.arange(0, C)
     i = column + tl.arange(0, BLOCK)
     j = tl.arange(0, BLOCK_V)
+    if SKIP:
+        skipped = tl.zeros((C,), tl.float32)
     for n in range(CHUNKS):
         chunk = begin + n
         at = chunk * C
@@ -333,9 +380,16 @@ def gradient_kernel(
         else:
             b_dq *= tl.exp2(since)[:, None]
             slopes *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, True, EXACT)
+        if DECAY_GRADIENT or SKIP:
+            own = tl.sum(tl.where(row[:, None] == row[None, :], slopes, 0.0), 1)
+        if SKIP:
+            skipped += own
         if DECAY_GRADIENT:
-            reads = tl.sum(b_q * b_dq, 1)
+            slopes = tl.where(row[:, None] > row[None, :], slopes, 0.0)
         b_dq = tl.dot(slopes.to(dtype), b_k, b_dq, input_precision=PRECISION)
+        if DECAY_GRADIENT:
+            net = tl.sum(b_q * b_dq, 1)
+            b_dq += own[:, None] * b_k
         store_tile(dq, b_dq, b, h, at, T, H, column, C, K, BLOCK, COPY)
 
         held = (i < tl.minimum(chunks - 1 - chunk + HAS_LAST, 1) * K)[:, None] & (j < V)[None, :]
@@ -349,13 +403,16 @@ def gradient_kernel(
             b_dk *= tl.exp2(until)[:, None]
             slopes *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, False, EXACT)
         if DECAY_GRADIENT:
-            writes = tl.cumsum(tl.sum(b_k * b_dk, 1), 0)
-            before = tl.where(row > 0, tl.gather(writes, tl.maximum(row - 1, 0), 0), 0.0)
-            pairs = slopes * tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-            pairs = tl.where(row[:, None] < row[None, :], pairs, 0.0)
-            reads += tl.sum(pairs, 0) - tl.sum(pairs, 1)
+            slopes = tl.where(row[:, None] < row[None, :], slopes, 0.0)
+            writes = tl.sum(b_k * b_dk, 1)
+        if DECAY_GRADIENT:
+            within = tl.dot(slopes.to(dtype), b_q, input_precision=PRECISION)
+            net -= tl.sum(b_k * within, 1)
+            b_dk += within + own[:, None] * b_q
             across = tl.exp2(whole) * tl.sum(b_S.to(tl.float32) * b_D)
-            b_dg = across + before + tl.cumsum(reads, 0, reverse=True)
-            tl.store(dg + (at + row) * H, b_dg, mask=at + row < T)
-        b_dk = tl.dot(slopes.to(dtype), b_q, b_dk, input_precision=PRECISION)
+            tl.store(dg + (at + row) * H, across + over_each_step(net, writes, C), mask=at + row < T)
+        else:
+            b_dk = tl.dot(slopes.to(dtype), b_q, b_dk, input_precision=PRECISION)
         store_tile(dk, b_dk, b, h, at, T, H, column, C, K, BLOCK, COPY)
+    if SKIP:
+        tl.store(dskip + begin // CHUNKS * (tokens // T) + head, tl.sum(skipped), mask=block == 0)

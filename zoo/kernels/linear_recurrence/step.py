@@ -14,6 +14,7 @@ def linear_recurrence(
     decay: Tensor | None = None,
     *,
     bonus: Tensor | None = None,
+    skip: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -28,4 +29,7 @@ def linear_recurrence(
         kept = (decay if decay.dim() == 1 else decay[:, 0]).to(dtype).exp()[..., None]
         S = (kept if decay.dim() == 4 else kept[..., None]) * before + kv
     read = S if bonus is None else before + bonus.to(dtype)[..., None] * kv
-    return (q_BHK[..., None, :] @ read).squeeze(-2)[:, None].to(v.dtype), S
+    o = (q_BHK[..., None, :] @ read).squeeze(-2)
+    if skip is not None:
+        o = o + skip.to(dtype)[:, None] * v_BHV
+    return o[:, None].to(v.dtype), S

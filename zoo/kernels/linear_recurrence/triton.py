@@ -19,6 +19,7 @@ def linear_recurrence(
     decay: Tensor | None = None,
     *,
     bonus: Tensor | None = None,
+    skip: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -35,7 +36,8 @@ def linear_recurrence(
     if decay is not None and decay.dim() == 1:
         decay = decay.expand(B, H)
     if bonus is None and (decay is None or decay.dim() < 4):
-        o, S, _ = scalar.forward(*qkv, decay, S, return_state, torch.is_grad_enabled())
+        through = None if skip is None else skip.expand(B, H)
+        o, S, _ = scalar.forward(*qkv, decay, through, S, return_state, torch.is_grad_enabled())
     else:
         if bonus is not None:
             bonus = bonus[None]
@@ -44,4 +46,6 @@ def linear_recurrence(
         elif decay.dim() < 4:
             decay = (decay[:, None] if decay.dim() == 2 else decay)[..., None].expand(B, T, H, K)
         o, S, *_ = channel.forward(*qkv, decay, bonus, S, return_state, torch.is_grad_enabled())
+        if skip is not None:
+            o = o + skip[:, None] * v
     return o.to(v.dtype), S if return_state else None
