@@ -25,9 +25,10 @@ def _place(q, k, v, T, H, q_b, q_h, k_b, k_h, v_b, v_h, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _seen(n, m, window):
-    """Whether the query at n sees the key at m."""
-    return (m <= n) & (m > n - window)
+def _scores(rows, columns, n, m, window, scale, PRECISION: tl.constexpr):
+    """Scaled products in units of log2, -inf where the query at n does not see the key at m. Either may be the rows."""
+    scores = tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * (scale * LOG2E)
+    return tl.where((m <= n) & (m > n - window), scores, float("-inf"))
 
 
 @triton.jit
@@ -48,8 +49,7 @@ def forward_kernel(
         m = i * BLOCK + within
         b_k = load_rows(k, m.to(tl.int64), k_t, m < T, d, K, BLOCK_K)
         b_v = load_rows(v, m.to(tl.int64), v_t, m < T, d, K, BLOCK_K)
-        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
-        scores = tl.where(_seen(n[:, None], m[None, :], window), scores, float("-inf"))
+        scores = _scores(b_q, b_k, n[:, None], m[None, :], window, scale, PRECISION)
         highest = tl.maximum(largest, tl.max(scores, 1))
         p = tl.exp2(scores - highest[:, None])
         shrink = tl.exp2(largest - highest)
@@ -82,8 +82,7 @@ def query_kernel(
         m = i * BLOCK + within
         b_k = load_rows(k, m.to(tl.int64), k_t, m < T, d, K, BLOCK_K)
         b_v = load_rows(v, m.to(tl.int64), v_t, m < T, d, K, BLOCK_K)
-        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
-        scores = tl.where(_seen(n[:, None], m[None, :], window), scores, float("-inf"))
+        scores = _scores(b_q, b_k, n[:, None], m[None, :], window, scale, PRECISION)
         p = tl.exp2(scores - b_log_sum[:, None])
         slope = p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
         b_dq = tl.dot(slope.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
@@ -111,8 +110,7 @@ def key_kernel(
         b_delta = tl.load(delta + row, mask=n < T, other=0.0)
         # Queries past the end weigh nothing.
         b_log_sum = tl.load(log_sum + row, mask=n < T, other=float("inf"))
-        scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2E)
-        scores = tl.where(_seen(n[None, :], m[:, None], window), scores, float("-inf"))
+        scores = _scores(b_k, b_q, n[None, :], m[:, None], window, scale, PRECISION)
         p = tl.exp2(scores - b_log_sum[None, :])
         b_dv = tl.dot(p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         slope = p * (tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) - b_delta[None, :])
