@@ -81,7 +81,9 @@ def test_an_epoch_visits_every_full_batch_of_every_slice_once() -> None:
 
 
 @pytest.mark.parametrize("positions", ["none", "learned", "rotary"])
-@pytest.mark.parametrize("mlp", [None, {"expand": 2}, {"expand": 2, "activation": "swiglu"}])
+@pytest.mark.parametrize(
+    "mlp", [None, {"expand": 2}, {"expand": 2, "activation": "swiglu"}, {"activation": "identity"}]
+)
 def test_features_prefill_and_step_agree(positions: str, mlp: Any) -> None:
     config = trial(model={"positions": positions, "mlp": mlp, "norm": "rms" if mlp else "layer", "depth": 3})
     model = build_model(config.model, config.data, 1).double()

@@ -49,10 +49,10 @@ class LayerConfig(_Config):
 
 
 class MLPConfig(_Config):
-    """The feed-forward half of a block: `expand` times d_model wide."""
+    """The feed-forward half of a block: `expand` times d_model wide; `identity` has no width, the branch is norm(x)."""
 
     expand: float = Field(default=4, gt=0)
-    activation: Literal["gelu", "swiglu"] = "gelu"
+    activation: Literal["gelu", "swiglu", "identity"] = "gelu"
 
 
 class ModelConfig(_Config):

@@ -53,8 +53,17 @@ class MLP(nn.Module):
         return self.down(F.gelu(h))
 
 
+def feed_forward(d_model: int, config: MLPConfig, depth: int) -> nn.Module:
+    """What a block applies to norm(x), position by position."""
+    return nn.Identity() if config.activation == "identity" else MLP(d_model, config, depth)
+
+
 class Block(nn.Module):
-    """x <- x + mixer(norm(x)); x <- x + mlp(norm(x)) where there is an MLP."""
+    """x <- x + mixer(norm(x)); x <- x + mlp(norm(x)) where there is an MLP.
+
+    With `activation: identity` the second half is x <- x + norm(x): what a block of the published MQAR runs does where
+    its MLP is named `Identity`.
+    """
 
     def __init__(self, config: ModelConfig, layer: LayerInfo) -> None:
         super().__init__()
@@ -63,7 +72,7 @@ class Block(nn.Module):
         self.norm = norm(config.d_model)
         self.mixer: Mixer = mixers.get(spec.mixer)(spec.options, layer)
         self.mlp_norm = norm(config.d_model) if config.mlp else None
-        self.mlp = MLP(config.d_model, config.mlp, layer.depth) if config.mlp else None
+        self.mlp = feed_forward(config.d_model, config.mlp, layer.depth) if config.mlp else None
 
     def feed(self, x: Tensor) -> Tensor:
         """The MLP half, which looks at each position alone."""
