@@ -85,6 +85,9 @@ def trial_of(mixer: dict, task: dict, **training: object):
         ("my_mixer.py:MinimalGRU", {}),
         ("my_mixer.py:MinimalGRU", {"expand": 2}),
         ("published_hyena.py:PublishedHyena", {}),
+        ("published_block.py:PublishedGatedConv", {}),
+        ("published_block.py:PublishedDeltaNet", {}),
+        ("published_block.py:PublishedH3", {}),
     ],
 )
 def test_the_files_among_the_experiments_keep_the_contract(mixer, config):
