@@ -1,11 +1,13 @@
 """What the order of the sets costs, in a run of set disjointness: accuracy where the smaller set comes first, less that
-of the mirrored slices, for each model against its state. Prints a table and draws FIGURE.
+of the mirrored slices, for each model against its state, over sets as large as trained on and over larger ones. Prints
+tables and draws FIGURE.
 
     python experiments/order_effect.py RUN [FIGURE.png]
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from statistics import mean
@@ -20,31 +22,48 @@ from zoo.results import load_runs
 from zoo.text import aligned
 
 
-def order_effect(records: Sequence[Record]) -> pd.DataFrame:
+def order_effect(records: Sequence[Record], larger: bool | None = None) -> pd.DataFrame:
     """One row a model: state_bytes, accuracy smaller set first and larger set first, and their gap, low and high.
 
-    Means over slices; then over seeds, with a 95 % t interval of the gap. Slices of equal sets do not count.
+    Means over slices; then over seeds, with a 95 % t interval of the gap. Slices of equal sets do not count. larger:
+    only slices with more tokens than those trained on (True), or only the others (False).
+    largest_gap: of all the model's trials, whatever their learning rate, the gap of the one where it is largest. The
+    published plot of the difference shows this one (jrt_plot.py of HazyResearch/prefix-linear-attention).
     """
     by_key = {record.key: record for record in records}
+    every: dict[str, list[float]] = {}
+    for record in records:
+        if record.outcome is not None:
+            small, large = _by_order(record, larger)
+            every.setdefault(_model(record), []).append(small - large)
     rows = []
     for row in frontier_table(records).to_dict("records"):
-        seeds = [_by_order(by_key[key]) for key in row["keys"]]
-        if not seeds:
+        chosen = [by_key[key] for key in row["keys"]]
+        if not chosen:
             continue
+        seeds = [_by_order(record, larger) for record in chosen]
         gaps = [small - large for small, large in seeds]
         # t_interval is of fractions; a gap is in [-1, 1].
         low, high = (2 * bound - 1 for bound in t_interval([(1 + gap) / 2 for gap in gaps]))
         means = {"smaller_first": mean(s for s, _ in seeds), "larger_first": mean(s for _, s in seeds)}
-        kept = {name: row[name] for name in ("family", "label", "state_bytes", "n")}
-        rows.append({**kept, **means, "gap": mean(gaps), "low": low, "high": high})
+        kept = {name: row[name] for name in ("family", "label", "state_bytes", "n", "trials")}
+        largest = max(every[_model(chosen[0])])
+        rows.append({**kept, **means, "gap": mean(gaps), "low": low, "high": high, "largest_gap": largest})
     return pd.DataFrame(rows).sort_values("state_bytes", ignore_index=True)
 
 
-def _by_order(record: Record) -> tuple[float, float]:
+def _model(record: Record) -> str:
+    return json.dumps(record.trial["model"], sort_keys=True)
+
+
+def _by_order(record: Record, larger: bool | None) -> tuple[float, float]:
     assert record.outcome is not None
+    trained = max(entry["size_a"] + entry["size_b"] for entry in record.trial["data"]["train"])
     found: dict[bool, list[float]] = {True: [], False: []}
     for entry, part in zip(record.trial["data"]["test"], record.outcome.test, strict=True):
         first, second = entry["size_a"], entry["size_b"]
+        if larger is not None and larger != (first + second > trained):
+            continue
         if entry["first"] == "b":
             first, second = second, first
         if first != second:
@@ -52,16 +71,23 @@ def _by_order(record: Record) -> tuple[float, float]:
     return mean(found[True]), mean(found[False])
 
 
+def _table(frame: pd.DataFrame) -> str:
+    head = ["model", "settings", "state B", "smaller first", "larger first", "gap", "95 % interval", "seeds"]
+    rows = [[*head, "largest gap of its trials"]]
+    for row in frame.itertuples():
+        interval = "" if row.n < 2 else f"{row.low:+.3f} .. {row.high:+.3f}"
+        accuracies = [f"{row.smaller_first:.3f}", f"{row.larger_first:.3f}", f"{row.gap:+.3f}"]
+        largest = f"{row.largest_gap:+.3f} of {row.trials}"
+        rows.append([row.family, row.label, f"{row.state_bytes:,}", *accuracies, interval, str(row.n), largest])
+    return aligned(rows, right=(2, 3, 4, 5, 7, 8))
+
+
 def main(run: str, figure: str | None = None) -> None:
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for line, (title, records) in zip(("-", "--", ":"), split_by_data(load_runs([run])).items(), strict=False):
+        for name, larger in (("all sizes", None), ("as trained on", False), ("larger than trained on", True)):
+            print(f"{title}, {name}\n{_table(order_effect(records, larger))}\n")
         frame = order_effect(records)
-        rows = [["model", "settings", "state B", "smaller first", "larger first", "gap", "95 % interval", "seeds"]]
-        for row in frame.itertuples():
-            interval = "" if row.n < 2 else f"{row.low:+.3f} .. {row.high:+.3f}"
-            accuracies = [f"{row.smaller_first:.3f}", f"{row.larger_first:.3f}", f"{row.gap:+.3f}"]
-            rows.append([row.family, row.label, f"{row.state_bytes:,}", *accuracies, interval, str(row.n)])
-        print(f"{title}\n{aligned(rows, right=(2, 3, 4, 5, 7))}\n")
         passes = records[0].trial["data"]["test"][0]["num_passes"]
         for family, part in frame.groupby("family"):
             look = style(str(family))

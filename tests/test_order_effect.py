@@ -19,13 +19,16 @@ def script():
     return module
 
 
-def record(seed: int, accuracies: tuple[float, ...]):
-    made = make_record(make_trial(seed=seed), test=0.5)
-    sizes = ((4, 32, "a"), (32, 4, "a"), (32, 4, "b"), (8, 8, "a"))
+SIZES = ((4, 32, "a"), (32, 4, "a"), (32, 4, "b"), (8, 8, "a"))
+
+
+def record(seed: int, accuracies: tuple[float, ...], *, lr: float = 1e-3, sizes=SIZES, trained: int = 1):
+    made = make_record(make_trial(seed=seed, lr=lr), test=0.5)
     made.trial["data"]["test"] = [
         {"task": "set_disjointness", "examples": 1000, "size_a": a, "size_b": b, "first": first, "num_passes": 1}
         for a, b, first in sizes
     ]
+    made.trial["data"]["train"] = made.trial["data"]["test"][:trained]
     test = tuple(
         made.outcome.test[0].model_copy(update={"name": str(i), "accuracy": accuracy})
         for i, accuracy in enumerate(accuracies)
@@ -43,8 +46,26 @@ def test_the_gap_is_of_mirrored_orders_and_its_interval_over_seeds(script):
     assert -1 <= row["low"] < row["gap"] < row["high"] <= 1
 
 
+def test_the_largest_gap_is_of_any_trial_and_the_sizes_can_be_told_apart(script):
+    sizes = ((4, 32, "a"), (32, 4, "a"), (4, 64, "a"), (64, 4, "a"))
+    records = [record(0, (0.9, 0.8, 0.3, 0.4), sizes=sizes), record(0, (0.5, 0.1, 0.2, 0.1), sizes=sizes, lr=1e-2)]
+    # Validation tells the two apart by nothing: the lower rate is chosen.
+    all_sizes, trained, larger = (
+        script.order_effect(records, which).to_dict("records")[0] for which in (None, False, True)
+    )
+    assert trained["gap"] == pytest.approx(0.1)
+    assert larger["gap"] == pytest.approx(-0.1)
+    assert all_sizes["gap"] == pytest.approx(0.0)
+    assert all_sizes["largest_gap"] == pytest.approx(0.25)
+    assert larger["largest_gap"] == pytest.approx(0.1)
+
+
 def test_the_script_draws_and_prints(script, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script, "load_runs", lambda runs: [record(0, (0.9, 0.4, 0.7, 0.0))])
+    monkeypatch.setattr(
+        script,
+        "load_runs",
+        lambda runs: [record(0, (0.9, 0.4, 0.7, 0.0, 0.5, 0.5), sizes=(*SIZES, (4, 64, "a"), (64, 4, "a")))],
+    )
     script.main("run", str(tmp_path / "figure.png"))
     assert "+0.400" in capsys.readouterr().out
     assert (tmp_path / "figure.png").stat().st_size > 1000
