@@ -14,6 +14,7 @@ from zoo.bench.cases import answer_loss
 from zoo.bench.check import Result
 from zoo.bench.kernels import Clock, Timing, Trial, command, parse_dtypes, parse_shape, table_line
 from zoo.bench.output import csv_lines
+from zoo.bench.tuning import share_of_tuning
 from zoo.errors import ConfigError, UnsupportedError
 from zoo.kernels.launch import Config, configured, forced
 from zoo.testing.ops import op_errors
@@ -143,3 +144,30 @@ def test_a_missing_number_fails_a_check():
     assert passed.passed
     assert not passed._replace(error=float("nan")).passed
     assert not passed._replace(error=0.011).passed
+
+
+def test_processes_share_what_a_peer_tunes():
+    """Each runs its part of the configs, once; together they run all."""
+    triton = pytest.importorskip("triton")
+    tl = triton.language
+    tried = []
+
+    def note(arguments):
+        tried.append(arguments["BLOCK"])
+
+    configs = [triton.Config({"BLOCK": 2**i}, pre_hook=note) for i in range(5)]
+
+    @triton.autotune(configs, key=["n"], cache_results=True)
+    @triton.jit
+    def fill(x, n, BLOCK: tl.constexpr):
+        tl.store(x + tl.arange(0, BLOCK), BLOCK)
+
+    parts = []
+    for part in range(3):
+        fill.cache.clear()
+        with share_of_tuning(part, 3):
+            fill[(1,)](torch.zeros(16), 16)
+        # The one that is chosen runs once more.
+        parts.append(set(tried))
+        tried.clear()
+    assert parts == [{1, 8}, {2, 16}, {4}]

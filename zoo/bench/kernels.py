@@ -17,22 +17,26 @@ from zoo.bench.case import Case, Draw, Op, Shape, select
 from zoo.bench.check import DTYPES, Result, check_large, check_seeds
 from zoo.bench.output import csv_lines, environment, save_environment
 from zoo.bench.timing import Pass, copy_bandwidth, eager_ms, graph_ms, matmul_rate, number_of_sets
+from zoo.bench.tuning import share_of_tuning
 from zoo.errors import ConfigError, UnsupportedError
 from zoo.kernels.launch import Config, forced
 from zoo.sweep import make_setting
 from zoo.testing.ops import run_op
 
 _COMPILERS = 24
+_PARTS = 8
 
 
 class Job(NamedTuple):
-    """A case to compile, with a config to try for one of its kernels or by rule."""
+    """A case to compile: ours, with a config to try for one of its kernels or by rule, or a part of a peer's tuning."""
 
     case: str
     shape: Shape
     dtype: torch.dtype
     kernel: str | None = None
     config: Config | None = None
+    peer: str | None = None
+    part: int = 0
 
 
 class Timing(NamedTuple):
@@ -119,6 +123,10 @@ def command(
     for case in cases:
         for shape in chosen or case.shapes:
             jobs += [Job(case.name, shape, d) for d in dict.fromkeys((torch.bfloat16, *checked))]
+            if timed and peers and not sweep_configs:
+                jobs += [
+                    Job(case.name, shape, torch.bfloat16, peer=p, part=i) for p in case.peers for i in range(_PARTS)
+                ]
             if sweep_configs:
                 tried = case.configs(shape).items()
                 jobs += [Job(case.name, shape, torch.bfloat16, k, c) for k, configs in tried for c in configs]
@@ -137,7 +145,7 @@ def command(
                 add_trial(trial)
     elif timed:
         with csv_lines(out / "kernels.csv") as add_timing:
-            # Peers tune themselves for a minute an op: what needs none of them comes first.
+            # Peers tune themselves for half a minute an op: what needs none of them comes first.
             for with_peers in (False, True) if peers else (False,):
                 for timing in timings(cases, chosen, with_peers, eager, rates, clock):
                     add_timing(timing)
@@ -305,6 +313,15 @@ def compile_one(job: Job) -> str:
         run_op(case.ours, inputs, 0)
         return 0.0
 
+    def run_peer() -> float:
+        Pass(case.peers[job.peer or ""](), [inputs], case.both is not None).run(0)
+        return 0.0
+
+    if job.peer is not None:
+        with share_of_tuning(job.part, _PARTS):
+            # What a peer refuses is said where it is timed.
+            attempt(run_peer)
+        return ""
     if job.kernel is None or job.config is None:
         _, why = attempt(run)
     else:
