@@ -25,7 +25,7 @@ def _inputs(shape: Shape, draw: Draw, gated: bool) -> dict[str, Any]:
     return inputs
 
 
-def _least(shape: Shape, sequences: int, products: int) -> Cost:
+def least(shape: Shape, sequences: int, products: int) -> Cost:
     """Operations: of every pair, or of the Fourier transforms, whichever are fewer."""
     B, T, H, D = shape
     per_token = min(T, 15 * math.log2(2 * T))
@@ -59,8 +59,8 @@ for _name, _gated in (("plain", False), ("hyena", True)):
             ours=partial(long_conv, impl="triton"),
             reference=partial(long_conv, impl="chunked"),
             torch=partial(long_conv, impl="chunked"),
-            forward=partial(_least, sequences=3 if _gated else 2, products=1),
-            both=partial(_least, sequences=8 if _gated else 5, products=3),
+            forward=partial(least, sequences=3 if _gated else 2, products=1),
+            both=partial(least, sequences=8 if _gated else 5, products=3),
             peers={"torch.fft": _fft},
             shapes=SHAPES,
             configs=_configs,
