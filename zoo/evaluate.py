@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -94,7 +95,10 @@ class PackEvaluation:
         self._losses = torch.zeros(len(slices), len(pack), dtype=torch.float64, device=device)
         self._hits = torch.zeros(len(slices), len(pack), dtype=torch.int64, device=device)
         self._counts = [int((part.answers != IGNORE).sum()) for part in slices]
-        self._parts: list[Callable[[], object]] = [functools.partial(self._judge, s) for s in range(len(slices))]
+        this = weakref.proxy(self)
+        self._parts: list[Callable[[], object]] = [
+            functools.partial(PackEvaluation._judge, this, s) for s in range(len(slices))
+        ]
         if again:
             self._parts = [Replay(part, device, rehearse=part, pool=pool) for part in self._parts]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -72,8 +73,10 @@ class Fit:
         optimizer = Stacked if batched else OneByOne
         self.optimizer: PackOptimizer = optimizer(self.pack, settings, [run.moments for run in runs], runs[0].steps)
         pool = new_pool(self.device)
+        # Weakly: what a step keeps is freed with the pack, not when the garbage collector finds a cycle.
+        this = weakref.proxy(self)
         self.replays = [
-            Replay(functools.partial(self._step, s), self.device, functools.partial(self._gradients, s), pool)
+            Replay(functools.partial(Fit._step, this, s), self.device, functools.partial(Fit._gradients, this, s), pool)
             for s in range(len(train))
         ]
         self.validation = PackEvaluation(self.pack, validation, self.settings.dtype, again=True, pool=pool)

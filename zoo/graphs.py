@@ -1,4 +1,4 @@
-"""Work that is done again and again without the host: on a GPU, a CUDA graph."""
+"""Work that is done again and again without Python: on a GPU as a CUDA graph, on a CPU from a tape."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from typing import Any
 import torch
 
 from zoo.process import no_collection
+from zoo.tape import Arena, Tape
 
 Pool = Any
-"""A handle of memory that graphs share."""
+"""What `new_pool` returns."""
 
 
 class Replay:
     """A function without arguments, over tensors that stay where they are; its result is not used.
 
-    On a GPU its kernels are recorded at the first call and replayed from then on, at no cost to the host; elsewhere it
-    is called. rehearse: what the first call runs beforehand, without lasting effect, so that kernels are compiled and
-    libraries ready. Graphs of one `pool` share memory: what one leaves there the next may overwrite.
+    On a GPU its kernels are recorded at the first call and replayed from then on, at no cost to the host. rehearse:
+    what the first call runs beforehand, without lasting effect, so that kernels are compiled and libraries ready. On a
+    CPU its operations are recorded after some calls, where they can be (zoo.tape). Those of one `pool` share memory:
+    what one leaves there the next may overwrite.
     """
 
     def __init__(
@@ -35,10 +37,11 @@ class Replay:
         self._device = device
         self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._tape = Tape(function, pool) if device.type == "cpu" else None
 
     def __call__(self) -> None:
-        if self._device.type != "cuda":
-            self._function()
+        if self._tape is not None:
+            self._tape()
             return
         if self._graph is None:
             self._graph = self._record()
@@ -70,6 +73,6 @@ def _rehearsal_stream(device: torch.device) -> torch.cuda.Stream:
 def new_pool(device: torch.device) -> Pool | None:
     """Memory for the graphs of a pack, when that of earlier ones, which are in reference cycles, is free."""
     if device.type != "cuda":
-        return None
+        return Arena()
     gc.collect()
     return torch.cuda.graph_pool_handle()
