@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +171,16 @@ def test_large_results_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None
     assert recorded(lambda: x.mul_(2 - x)).recorded
     monkeypatch.setattr(tape, "LARGEST", 3999)
     assert not recorded(lambda: x.mul_(2 - x)).recorded
+
+
+def test_nothing_is_recorded_beside_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(3)
+    dynamo = SimpleNamespace(counters={"stats": {"unique_graphs": 1}})
+    monkeypatch.setitem(sys.modules, "torch._dynamo.utils", dynamo)
+    assert not recorded(lambda: x.add_(1)).recorded
+    dynamo.counters["stats"]["unique_graphs"] = 0
+    assert recorded(lambda: x.add_(1)).recorded
+    assert torch.equal(x, torch.full((3,), 1.0 + 2 * TO_RECORD))
 
 
 def test_an_error_comes_through_and_the_function_is_called_again() -> None:

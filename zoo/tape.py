@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
+import sys
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ class Tape:
             self._program()
             return
         self._calls += 1
-        if self._calls == CALLS_BEFORE + 1:
+        if self._calls == CALLS_BEFORE + 1 and not _has_compiled():
             self._before = record(self._function)
         elif self._before is not None:
             again = record(self._function)
@@ -73,6 +74,12 @@ class Tape:
             self._before = None
         else:
             self._function()
+
+
+def _has_compiled() -> bool:
+    """Whether torch.compile has been at work, as it is for torch.cond: while something is recorded it would fail."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and dynamo.counters["stats"]["unique_graphs"] > 0
 
 
 class Arena:
