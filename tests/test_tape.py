@@ -100,6 +100,24 @@ def test_random_numbers_are_drawn_anew() -> None:
     assert len(outcomes[0].unique()) == 4
 
 
+def test_arguments_of_all_kinds() -> None:
+    x, y = torch.randn(2, 3, 4), torch.zeros(2, 3, 4)
+
+    def function() -> None:
+        noise = torch.rand_like(x, memory_format=torch.contiguous_format) + torch.full_like(x, 0.5, dtype=torch.float64)
+        picked = x[torch.arange(2).neg().abs(), :, 1:].sum((0, 2), keepdim=True, dtype=torch.float64)
+        y.copy_(F.pad(noise, (0, 0), value=1.0) * picked.clamp(max=2) + torch.cat([x, x.mean(0, True)])[1:].flip(-1))
+
+    made = recorded(function)
+    assert made.recorded
+    outcomes = []
+    for call in (function, made):
+        torch.manual_seed(0)
+        call()
+        outcomes.append(y.clone())
+    assert torch.equal(*outcomes)
+
+
 def test_complex_numbers_views_and_results_that_are_changed_in_place() -> None:
     x, y = torch.randn(4, 6, dtype=torch.complex64), torch.zeros(6, 4)
 
@@ -135,7 +153,7 @@ def test_an_arena_holds_what_is_needed_at_a_time() -> None:
 
 
 def looks(x: Tensor) -> Iterator[Callable[[], object]]:
-    """Functions that do something else when values are others, or when they are called again."""
+    """Functions that may do something else when values are others, or when they are called again."""
     calls = itertools.count()
     seen = [x.clone()]
 
@@ -155,11 +173,13 @@ def looks(x: Tensor) -> Iterator[Callable[[], object]]:
     yield lambda: x.add_(torch.tensor(float(next(calls))))
     yield lambda: x.add_(x[x > 1].sum())
     yield lambda: x.add_(x.nonzero().sum())
+    yield lambda: x.add_(torch.tensor([1.0, 2.0, 3.0]))
+    yield lambda: x.add_(torch._foreach_mul([x, x], 2)[1])
     yield attribute
     yield hidden_writer
 
 
-@pytest.mark.parametrize("which", range(10))
+@pytest.mark.parametrize("which", range(12))
 def test_what_cannot_be_repeated_is_not_recorded(which: int) -> None:
     x = torch.ones(3)
     made = recorded(list(looks(x))[which])

@@ -36,6 +36,8 @@ _FILLS = {
     **dict.fromkeys(("aten::zeros", "aten::zeros_like", "aten::new_zeros"), 0),
     **dict.fromkeys(("aten::ones", "aten::ones_like", "aten::new_ones"), 1),
 }
+# TorchScript's numbers for them.
+_MEMORY_FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2}
 # Python that sees a tensor's values may do something else with others.
 _LOOKS = {Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor.__dlpack__}
 
@@ -43,9 +45,10 @@ _LOOKS = {Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor
 class Tape:
     """A function without arguments, over tensors that stay where they are; its result is not used.
 
-    It is recorded twice. If the recordings agree, they are run from then on; if not, or if it reads values of tensors,
-    or has results of changing shape or of many bytes, it is called each time. What it does in Python, such as setting
-    attributes, is not done again. arena: memory that it may share with others, as nothing there outlives a call.
+    It is recorded twice. If the recordings agree, they are run from then on; if not, or if it reads values of tensors
+    or makes tensors of Python's, or has results of changing shape or of many bytes, it is called each time. What it
+    does in Python, such as setting attributes, is not done again. arena: memory that it may share with others, as
+    nothing there outlives a call.
     """
 
     def __init__(self, function: Callable[[], object], arena: Arena | None = None) -> None:
@@ -201,7 +204,7 @@ class _Recorder(TorchDispatchMode):
             if all(known):
                 # A view, or no tensor.
                 return True
-            if any(known):
+            if any(known) or any(str(r.type) != "Tensor" for r in func._schema.returns):
                 return False
             made = tuple(self._place(t, made=True) if isinstance(t, Tensor) else None for t in results)
             written = {p.storage for p in _places(made)}
@@ -434,7 +437,7 @@ class _Program:
             node = self._graph.insertNode(self._graph.create("prim::ListConstruct", items, 1))
             node.output().setType(torch._C.ListType(kind.getElementType()))
             return node.output()
-        return self._graph.insertConstant(x)
+        return self._graph.insertConstant(_MEMORY_FORMATS[x] if isinstance(x, torch.memory_format) else x)
 
 
 def _with_values(tensor: Callable[[Place], Tensor], value: Any) -> Any:
