@@ -24,7 +24,8 @@ def _change(x, previous, row, sequence, t, column, live, inside, HAS_PREVIOUS: t
 @triton.jit
 def _share(weight, offset, row, at, M, column, live, inside, HAS_OFFSET: tl.constexpr, D: tl.constexpr):
     """The share of the token before in rows of the mixture whose number among those of all groups is `at`."""
-    share = tl.load(weight + at * D + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    # A whole tile, as the products have it: a row would change its layout, by shared memory and barriers, every time.
+    share = _load(weight, row * 0 + at, column, (row >= 0)[:, None] & inside[None, :], D)
     if HAS_OFFSET:
         share = share + _load(offset, row + at.to(tl.int64) * M, column, live[:, None] & inside[None, :], D)
     return share
@@ -54,45 +55,49 @@ def forward_kernel(
             tl.store(to, y.to(ys[i].dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "parts"])
 def backward_kernel(
     x, weight, offset, previous, dys, dx, sums, doffset, dprevious, B, T, steps, parts,
     HAS_OFFSET: tl.constexpr, HAS_PREVIOUS: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """sums (groups, parts, N, D): the gradient of the weight, summed over a program's rows."""
+    """sums (groups, parts, N, D): the gradient of the weight, summed over a program's rows. Each of these goes back
+    through `steps` tokens, so that what the token after it passes to a token is at hand."""
     group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     M = B * T
     first = group.to(tl.int64) * M
     column = tl.arange(0, BLOCK_D)
     inside = column < D
+    end = (part * ROWS + tl.arange(0, ROWS) + 1) * steps
+    passed = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    after = (end < M) & (end % T > 0)
+    for i in tl.static_range(N):
+        share = _share(weight, offset, end, group * N + i, M, column, after, inside, HAS_OFFSET, D)
+        passed += _load(dys[i], first + end, column, after[:, None] & inside[None, :], D) * share
     dweight = (tl.zeros([ROWS, BLOCK_D], tl.float32),) * N
     for step in range(steps):
-        token = (part * steps + step) * ROWS + tl.arange(0, ROWS)
+        token = end - 1 - step
         t = token % T
         live, row = token < M, first + token
         sequence = group.to(tl.int64) * B + token // T
         change = _change(x, previous, row, sequence, t, column, live, inside, HAS_PREVIOUS, D)[1]
         mask = live[:, None] & inside[None, :]
-        after = live & (t < T - 1)
-        slope, passed = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)
+        slope = tl.where((t < T - 1)[:, None], passed, 0.0)
+        passed = tl.zeros([ROWS, BLOCK_D], tl.float32)
         totals = ()
         for i in tl.static_range(N):
             at = group * N + i
             share = _share(weight, offset, token, at, M, column, live, inside, HAS_OFFSET, D)
             dy = _load(dys[i], row, column, mask, D)
             passed += dy * share
-            slope += dy - dy * share
+            slope += dy
             dshare = dy * change
             totals = totals + (dweight[i] + dshare,)  # type: ignore[assignment]  # noqa: RUF005
             if HAS_OFFSET:
                 to = doffset + (at.to(tl.int64) * M + token)[:, None] * D + column[None, :]
                 tl.store(to, dshare.to(doffset.dtype.element_ty), mask=mask)
-            # The next token's mixture has a share of this one.
-            share = _share(weight, offset, token + 1, at, M, column, after, inside, HAS_OFFSET, D)
-            slope += _load(dys[i], row + 1, column, after[:, None] & inside[None, :], D) * share
         dweight = totals
-        tl.store(dx + row[:, None] * D + column[None, :], slope.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + row[:, None] * D + column[None, :], (slope - passed).to(dx.dtype.element_ty), mask=mask)
         if HAS_PREVIOUS:
             to = dprevious + sequence[:, None] * D + column[None, :]
             tl.store(to, passed.to(dprevious.dtype.element_ty), mask=(live & (t == 0))[:, None] & inside[None, :])
