@@ -119,13 +119,15 @@ def backward(
         decays=True, channels=True, bounded=bounded,
     )  # fmt: skip
     dg = empty_like(decay if decay_gradient else None, q)
-    config = configured("generalized_delta_rule.chunks_backward", gradient_config, q, v, bounded)
+    config = configured("generalized_delta_rule.chunks_backward", gradient_config, q, v)
     channel_kernels.gradient_kernel[(B * H * triton.cdiv(T, C),)](
         q, k, v, a, b, beta, decay, decayed, since, totals, u, squares, states, dstates, do, dr,
         dq, dk, dv, da, db, dbeta, dg, T, H, *strides, *decay.stride(), *do.stride()[:3],
         K=K, V=V, BLOCK_K=padded(K), PADDED_V=padded(V), BLOCK=min(config.block, padded(V)), C=C,
         HALVINGS=C.bit_length() - 1, BOUNDED=bounded, DELTA=delta,
         DECAY_GRADIENT=decay_gradient, PRECISION=precision(q), num_warps=config.num_warps, num_stages=config.num_stages,
+        # Three programs on a multiprocessor, not two: while one waits, another works.
+        maxnreg=168 if padded(K) <= 64 and q.element_size() == 2 else None,
     )  # fmt: skip
     return dq, dk, dv, da, db, dbeta, dg, dfirst
 
@@ -196,11 +198,13 @@ def prepare_config(q: Tensor, v: Tensor) -> Config:
     return Config(chunk=0, block=widest, num_warps=max(2, widest // 32), num_stages=1)
 
 
-def gradient_config(q: Tensor, v: Tensor, bounded: bool) -> Config:
-    """Without a bound twice the warps, so that registers suffice."""
-    widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
-    num_warps = max(2, widest // 32) * (1 if bounded else 2)
-    return Config(chunk=0, block=min(padded(v.shape[-1]), 64), num_warps=min(8, num_warps), num_stages=1)
+def gradient_config(q: Tensor, v: Tensor) -> Config:
+    """All of v at once, where registers suffice."""
+    V, widest = padded(v.shape[-1]), max(padded(q.shape[-1]), padded(v.shape[-1]))
+    if widest <= 64:
+        return Config(chunk=0, block=V, num_warps=4, num_stages=1)
+    block = 128 if widest == 128 and q.element_size() == 2 else 32
+    return Config(chunk=0, block=min(V, block), num_warps=8, num_stages=1)
 
 
 def _bounded(q: Tensor, min_decay: float | None, C: int) -> bool:

@@ -26,7 +26,6 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.delta_rule.triangles import inverse, pairs_of_halves, store_square
-from zoo.kernels.delta_rule.walk_kernels import inner, outer, through
 from zoo.kernels.tiles import LOG2E, load_rows, store_rows
 
 
@@ -237,23 +236,42 @@ def gradient_kernel(
     squares += chunk * (4 * C * C) + row[None, :] * C + row[:, None]
     Ak_t = tl.load(squares + 2 * C * C)
     Pk_t = tl.load(squares + 3 * C * C)
+    # Row t, column s.
+    dPb = tl.zeros((C, C), tl.float32)
+    dPk = tl.zeros((C, C), tl.float32)
+    dAb = tl.zeros((C, C), tl.float32)
+    dAk = tl.zeros((C, C), tl.float32)
+    # What passes through the states before and after the chunk.
+    b_dq = tl.zeros((C, BLOCK_K), tl.float32)
+    b_da = tl.zeros((C, BLOCK_K), tl.float32)
+    b_db = tl.zeros((C, BLOCK_K), tl.float32)
+    b_dk = tl.zeros((C, BLOCK_K), tl.float32)
+    across = tl.zeros((BLOCK_K,), tl.float32)
     for column in range(0, V, BLOCK):
         j = column + tl.arange(0, BLOCK)
+        b_do = load_rows(do, row, do_t, live, j, V, BLOCK)
+        b_dr = load_rows(dr, row, V, live, j, V, BLOCK)
+        b_u = load_rows(u, row, V, live, j, V, BLOCK)
+        b_v = load_rows(v, row, v_t, live, j, V, BLOCK)
+        b_S = tl.load(states + j[:, None] * BLOCK_K + i[None, :])
         b_dS = tl.load(dstates + j[:, None] * BLOCK_K + i[None, :])
         b_dv = tl.dot(last_k, tl.trans(b_dS), input_precision=PRECISION)
-        b_dv = tl.dot(Pk_t, load_rows(do, row, do_t, live, j, V, BLOCK), b_dv, input_precision=PRECISION)
-        b_dv = tl.dot(Ak_t, load_rows(dr, row, V, live, j, V, BLOCK), b_dv, input_precision=PRECISION)
+        b_dv = tl.dot(Pk_t, b_do, b_dv, input_precision=PRECISION)
+        b_dv = tl.dot(Ak_t, b_dr, b_dv, input_precision=PRECISION)
         store_rows(dv + tokens * V, b_dv, row, H * V, live, j, V, BLOCK)
-
-    # Row t, column s.
-    dPb = outer(do, do_t, u, V, row, live, V, BLOCK, C, PRECISION)
-    dPk = outer(do, do_t, v, v_t, row, live, V, BLOCK, C, PRECISION)
-    dAb = outer(dr, V, u, V, row, live, V, BLOCK, C, PRECISION).to(dtype)
-    dAk = outer(dr, V, v, v_t, row, live, V, BLOCK, C, PRECISION).to(dtype)
+        dPb = tl.dot(b_do, tl.trans(b_u), dPb, input_precision=PRECISION)
+        dPk = tl.dot(b_do, tl.trans(b_v), dPk, input_precision=PRECISION)
+        dAb = tl.dot(b_dr, tl.trans(b_u), dAb, input_precision=PRECISION)
+        dAk = tl.dot(b_dr, tl.trans(b_v), dAk, input_precision=PRECISION)
+        b_dq = tl.dot(b_do, b_S, b_dq, input_precision=PRECISION)
+        b_da = tl.dot(b_dr, b_S, b_da, input_precision=PRECISION)
+        b_db = tl.dot(b_u, b_dS, b_db, input_precision=PRECISION)
+        b_dk = tl.dot(b_v, b_dS, b_dk, input_precision=PRECISION)
+        if DECAY_GRADIENT:
+            across += tl.sum(b_S.to(tl.float32) * b_dS, 0)
     later = row[:, None] > row[None, :]
-    zero = tl.zeros((C, C), dtype)
-    dAb = tl.where(later, dAb, zero)
-    dAk = tl.where(later, dAk, zero)
+    dAb = tl.where(later, dAb, 0.0).to(dtype)
+    dAk = tl.where(later, dAk, 0.0).to(dtype)
 
     out = tokens * K
     if BOUNDED:
@@ -268,14 +286,12 @@ def gradient_kernel(
 
         # A slope is what a read or a write adds to dg of the steps whose decay it sees. A pair adds it where it is read
         # and takes it away where it is written: the same numbers, so that nothing is left of it before the write.
-        part = through(do, do_t, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
-        part = tl.dot(dPb, near_b, part, input_precision=PRECISION)
+        part = tl.dot(dPb, near_b, b_dq, input_precision=PRECISION)
         part = tl.dot(dPk, last_k, part, input_precision=PRECISION)
         slopes = part * far_q
         store_rows(dq + out, part * tl.exp2(b_since), row, H * K, live, i, K, BLOCK_K)
 
-        part = through(dr, V, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
-        part = tl.dot(dAb, near_b, part, input_precision=PRECISION)
+        part = tl.dot(dAb, near_b, b_da, input_precision=PRECISION)
         part = tl.dot(dAk, last_k, part, input_precision=PRECISION)
         by_a = part * far_a
         if DELTA:
@@ -286,26 +302,24 @@ def gradient_kernel(
             b_da = part * tl.where((row == 0)[:, None], 1 / first_half[None, :], tl.exp2(before))
             store_rows(da + out, b_da, row, H * K, live, i, K, BLOCK_K)
 
-        beyond = through(u, V, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
-        written = beyond * near_b
+        written = b_db * near_b
         part = tl.dot(tl.trans(dPb), far_q, input_precision=PRECISION)
         part = tl.dot(tl.trans(dAb), far_a, part, input_precision=PRECISION)
         slopes -= part * near_b
-        b_db = (beyond + part) * tl.exp2(-b_since)
+        b_db = (b_db + part) * tl.exp2(-b_since)
         if not DELTA:
             store_rows(db + out, b_db, row, H * K, live, i, K, BLOCK_K)
 
-        beyond = through(v, v_t, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION)
-        written += beyond * last_k
+        written += b_dk * last_k
         part = tl.dot(tl.trans(dPk), far_q, input_precision=PRECISION)
         part = tl.dot(tl.trans(dAk), far_a, part, input_precision=PRECISION)
         slopes -= part * last_k
-        b_dk = (beyond + part) * tl.exp2(-b_since)
+        b_dk = (b_dk + part) * tl.exp2(-b_since)
         if DECAY_GRADIENT:
             # From a step on what is read, but not its own a; before it what is written.
             b_dg = tl.dot((row[None, :] >= row[:, None]).to(tl.float32), slopes + by_a, input_precision=PRECISION)
             b_dg = tl.dot((row[None, :] < row[:, None]).to(tl.float32), written, b_dg, input_precision=PRECISION)
-            b_dg += inner(states, dstates, i, V, BLOCK, BLOCK_K)[None, :]
+            b_dg += across[None, :]
             if not DELTA:
                 b_dg -= by_a
     else:
@@ -313,12 +327,12 @@ def gradient_kernel(
         b_g = load_decays(g, row, g_t, g_c, live, i, K)
         b_since, before, until = sums(b_g, C, DELTA, PRECISION)
         left = tl.exp2(until)
-        b_dq = through(do, do_t, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * tl.exp2(b_since)
-        b_da = through(dr, V, states, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * tl.exp2(before)
-        b_db = through(u, V, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * left
-        b_dk = through(v, v_t, dstates, row, live, i, V, BLOCK, BLOCK_K, C, PRECISION) * left
+        b_dq *= tl.exp2(b_since)
+        b_da *= tl.exp2(before)
+        b_db *= left
+        b_dk *= left
         if DECAY_GRADIENT:
-            across = tl.exp2(tl.sum(b_g, 0)) * inner(states, dstates, i, V, BLOCK, BLOCK_K)
+            across *= tl.exp2(tl.sum(b_g, 0))
             from_on = (row[None, :] >= row[:, None]).to(tl.float32)
             after = (row[None, :] > row[:, None]).to(tl.float32)
             past = (row[None, :] < row[:, None]).to(tl.float32)
