@@ -82,31 +82,52 @@ def _table(frame: pd.DataFrame) -> str:
     return aligned(rows, right=(2, 3, 4, 5, 7, 8))
 
 
+SIZES = {"all sizes": None, "as trained on": False, "larger than trained on": True}
+
+
 def main(run: str, figure: str | None = None) -> None:
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for line, (title, records) in zip(("-", "--", ":"), split_by_data(load_runs([run])).items(), strict=False):
-        for name, larger in (("all sizes", None), ("as trained on", False), ("larger than trained on", True)):
-            print(f"{title}, {name}\n{_table(order_effect(records, larger))}\n")
-        frame = order_effect(records)
-        passes = records[0].trial["data"]["test"][0]["num_passes"]
-        for family, part in frame.groupby("family"):
-            look = style(str(family))
-            name = f"{look.name}, given {'once' if passes == 1 else f'{passes} times'}"
-            common = {"color": look.colour, "marker": look.marker, "linestyle": line}
-            axes[0].plot(part["state_bytes"], part["smaller_first"], label=f"{name}: smaller set first", **common)
-            axes[0].plot(
-                part["state_bytes"], part["larger_first"], label="larger set first", **common, markerfacecolor="white"
-            )
-            spread = [part["gap"] - part["low"].fillna(part["gap"]), part["high"].fillna(part["gap"]) - part["gap"]]
-            axes[1].errorbar(part["state_bytes"], part["gap"], yerr=spread, capsize=2, label=name, **common)
-    for ax, label in zip(axes, ("test accuracy", "gap, smaller less larger set first"), strict=True):
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    axes[2].sharey(axes[1])
+    settings = sorted(split_by_data(load_runs([run])).items(), key=lambda setting: _passes(setting[1]))
+    for line, (title, records) in zip(("-", "--", ":"), settings, strict=False):
+        passes = _passes(records)
+        frames = {name: order_effect(records, larger) for name, larger in SIZES.items()}
+        for name, frame in frames.items():
+            print(f"{title}, {name}\n{_table(frame)}\n")
+            for family, part in frame.groupby("family"):
+                look = style(str(family))
+                who = f"{look.name}, given {'once' if passes == 1 else f'{passes} times'}"
+                common = {
+                    "color": look.colour,
+                    "marker": look.marker,
+                    "linestyle": line,
+                    "capsize": 2,
+                    "alpha": 1 / passes,
+                }
+                # Settings of one state stand beside each other.
+                x = part["state_bytes"] * 1.06 ** (passes - 1)
+                if name == "all sizes":
+                    axes[0].errorbar(x, part["smaller_first"], label=f"{who}: smaller set first", **common)
+                    axes[0].errorbar(x, part["larger_first"], label="larger set first", **common, mfc="white")
+                else:
+                    spread = [
+                        part["gap"] - part["low"].fillna(part["gap"]),
+                        part["high"].fillna(part["gap"]) - part["gap"],
+                    ]
+                    axes[1 + bool(SIZES[name])].errorbar(x, part["gap"], yerr=spread, label=who, **common)
+    for ax, title in zip(axes, ("all sizes", "sets as large as trained on", "larger sets"), strict=True):
+        ax.set_title(title, fontsize=10)
         ax.set_xscale("log", base=2)
         ax.set_xlabel("measured recurrent state of one sequence, bytes")
-        ax.set_ylabel(label)
+        ax.set_ylabel("test accuracy" if ax is axes[0] else "gap, smaller less larger set first")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     if figure is not None:
-        fig.savefig(figure, dpi=200)
+        fig.savefig(figure, dpi=150)
+
+
+def _passes(records: Sequence[Record]) -> int:
+    return int(records[0].trial["data"]["test"][0]["num_passes"])
 
 
 if __name__ == "__main__":
