@@ -20,7 +20,8 @@ SHAPES = {"q": "BTIH", "k": "BIHT", "v": "BTJH", "kernel": "HL", "skip": "H"}
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
 @pytest.mark.parametrize(
-    ("T", "I", "J", "H", "L"), [(1, 1, 1, 4, 1), (9, 1, 1, 16, 12), (17, 3, 2, 5, 4), (70, 2, 2, 3, 70)]
+    ("T", "I", "J", "H", "L"),
+    [(1, 1, 1, 4, 1), (9, 1, 1, 16, 12), (17, 3, 2, 5, 4), (70, 2, 2, 3, 70), (5, 2, 9, 3, 4)],
 )
 def test_outputs_and_gradients(impl: str, T: int, I: int, J: int, H: int, L: int) -> None:  # noqa: E741
     a = inputs(T, SHAPES, seed=1, B=2, I=I, J=J, H=H, L=L)

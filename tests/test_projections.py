@@ -23,7 +23,7 @@ def two(x: Tensor, first: Tensor, second: Tensor, impl: str) -> tuple[Tensor, ..
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
-@pytest.mark.parametrize(("K", "I", "J"), [(18, 7, 1), (18, 16, 20), (130, 7, 20)])
+@pytest.mark.parametrize(("K", "I", "J"), [(18, 7, 1), (18, 16, 20), (18, 32, 48), (130, 7, 20)])
 def test_outputs_and_gradients(impl: str, K: int, I: int, J: int) -> None:  # noqa: E741
     a = inputs(9, SHAPES, B=2, K=K, I=I, J=J)
     check_op(*(partial(two, impl=i) for i in ("reference", impl)), a, FP32)

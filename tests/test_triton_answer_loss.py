@@ -126,7 +126,7 @@ def test_vmap_over_a_pack_of_models(monkeypatch):
     stacked = [torch.stack(x).detach() for x in zip(*packs, strict=True)]
     leaves = [x.requires_grad_() for x in stacked[:2]]
     together = torch.autograd.grad(torch.func.vmap(run)(*stacked).square().sum(), leaves)
-    assert launches == {"forward_kernel": 1, "combine_kernel": 1, "backward_kernel": 1}
+    assert launches == {"forward_kernel": 1, "combine_kernel": 1, "backward_kernel": 1, "scale_kernel": 1}
     for i, pack in enumerate(packs):
         for got, want in zip(together, torch.autograd.grad(run(*pack).square().sum(), pack[:2]), strict=True):
             torch.testing.assert_close(got[i], want)

@@ -108,6 +108,12 @@ def test_long_conv(T):
     check_op(long_reference, long_fused, long_inputs(T, L=T + 9, B=1, seed=1, without=("gate",)), FP32["long_conv"])
 
 
+@pytest.mark.parametrize(("T", "L", "B"), [(50, 3, 2), (128, 128, 1), (129, 129, 1), (70, 40, 33)])
+def test_long_conv_block_by_block_and_all_at_once(T, L, B):
+    """Kernels that reach a block back, and all of them; one more block than a program holds; two blocks of rows."""
+    check_op(long_reference, long_fused, long_inputs(T, L, D=1, B=B, without=("gate", "past")), FP32["long_conv"])
+
+
 @pytest.mark.parametrize(("T", "L", "P", "B"), [(40, 1, 70, 1), (1, 50, 49, 1), (70, 33, 31, 1), (5, 90, 64, 33)])
 def test_long_conv_of_other_lengths(T, L, P, B):
     """Kernels shorter and longer than what they meet; few outputs for a long past; more sequences than a block."""
@@ -157,7 +163,7 @@ def test_long_conv_under_vmap(longest, monkeypatch):
     packs = [list(long_inputs(9, seed=seed, without=("past",)).values()) for seed in (0, 1)]
     stacked = [torch.stack(x).detach().requires_grad_() for x in zip(*packs, strict=True)]
     together = torch.autograd.grad(torch.func.vmap(long_fused)(*stacked).square().sum(), stacked)
-    products = {"taps_kernel": 2, "convolve_kernel": 2, "pairs_kernel": 1, "diagonals_kernel": 1}
+    products = {"taps_kernel": 2, "convolve_short_kernel": 2, "pairs_short_kernel": 1, "diagonals_kernel": 1}
     assert launches == {"turn_kernel": 4} | (products if longest > 9 else {})
     for i, pack in enumerate(packs):
         for got, want in zip(together, torch.autograd.grad(long_fused(*pack).square().sum(), pack), strict=True):

@@ -62,6 +62,11 @@ def empty_like(x: Tensor | None, q: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight in another `dtype`, for a custom op to keep for its backward pass; if it has it already, no elements."""
+    return weight.new_empty(len(weight), 0) if weight.dtype == dtype else weight.to(dtype)
+
+
 def precision(x: Tensor) -> str:
     """Of products of x in a kernel. Three in tf32 are as good as one in fp32; 16 bits have nothing to lose."""
     return "tf32x3" if x.dtype == torch.float32 else "tf32"

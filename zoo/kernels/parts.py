@@ -25,22 +25,21 @@ def sum_all(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         return [part.squeeze(1).to(dtype) for part in parts]
     sums = [torch.empty(len(p), *p.shape[2:], dtype=dtype, device=p.device) for p in parts]
     numbers, sizes = tuple(p.shape[1] for p in parts), tuple(s[0].numel() for s in sums)
-    rows = min(triton.next_power_of_2(max(numbers)), MOST_PARTS)
-    columns = LOADED // rows
-    programs = sum(len(s) * triton.cdiv(size, columns) for s, size in zip(sums, sizes, strict=True))
+    rows = tuple(min(triton.next_power_of_2(number), MOST_PARTS) for number in numbers)
     groups = tuple(len(s) for s in sums)
-    sum_kernel[(programs,)](tuple(parts), tuple(sums), groups, numbers, sizes, N=len(sums), ROWS=rows, COLUMNS=columns)
+    programs = sum(g * triton.cdiv(size, LOADED // r) for g, size, r in zip(groups, sizes, rows, strict=True))
+    sum_kernel[(programs,)](tuple(parts), tuple(sums), groups, numbers, sizes, N=len(sums), ROWS=rows, LOADED=LOADED)
     return sums
 
 
 @triton.jit
-def sum_kernel(parts, sums, groups, numbers, sizes, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program a tensor, group and COLUMNS sums."""
+def sum_kernel(parts, sums, groups, numbers, sizes, N: tl.constexpr, ROWS: tl.constexpr, LOADED: tl.constexpr):
+    """One program a tensor, group and LOADED / ROWS[i] sums, of ROWS[i] parts at a time."""
     program = tl.program_id(0)
     for i in tl.static_range(N):
-        programs = groups[i] * tl.cdiv(sizes[i], COLUMNS)
+        programs = groups[i] * tl.cdiv(sizes[i], LOADED // ROWS[i])
         if (program >= 0) & (program < programs):
-            _sum(parts[i], sums[i], program, numbers[i], sizes[i], ROWS, COLUMNS)
+            _sum(parts[i], sums[i], program, numbers[i], sizes[i], ROWS[i], LOADED // ROWS[i])
         program -= programs
 
 

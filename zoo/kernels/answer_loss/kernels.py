@@ -204,3 +204,13 @@ def backward_kernel(
         total = add_slopes(total, p, b_hidden, PRECISION)
     at = (piece * groups + group) * V + v
     store_rows(dweight, total, at.to(tl.int64), D, v < V, strip * BLOCK_D + d, D, BLOCK_D)
+
+
+@triton.jit
+def scale_kernel(slope, dloss, out, M, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+    """out (M, D) = dloss (M) slope (M, D)."""
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    mask = (row < M)[:, None] & (column < D)[None, :]
+    at = row.to(tl.int64)[:, None] * D + column[None, :]
+    scaled = tl.load(slope + at, mask=mask).to(tl.float32) * tl.load(dloss + row, mask=row < M)[:, None]
+    tl.store(out + at, scaled.to(out.dtype.element_ty), mask=mask)

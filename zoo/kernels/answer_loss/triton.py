@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from zoo.kernels.answer_loss import kernels
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch, padded, precision, rows
+from zoo.kernels.launch import Config, cast, check_launch, configured, fold_batch, padded, precision, rows
 from zoo.kernels.parts import sum_parts
 
 # Enough to occupy a GPU of 132 multiprocessors, and not so many that the parts cost more than they gain.
@@ -35,15 +35,17 @@ def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor, predict: bool) 
 @torch.library.custom_op("zoo::answer_loss", mutates_args=())
 def _forward(
     hidden: Tensor, weight: Tensor, answers: Tensor, predict: bool, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, prediction and, in units of log2, the log of the sum of exponentials, infinite where ignored: (groups, M).
 
-    Then the gradient of the loss with respect to hidden (groups, M, D). What is not asked for has no elements.
+    Then the gradient of the loss with respect to hidden (groups, M, D), and weight as `cast` gives it. What is not
+    asked for has no elements.
     """
     groups, M, D = hidden.shape
     V = weight.shape[1]
     # Products are in the dtype of hidden, which is what autocast casts.
-    hidden, weight, answers = rows(hidden), rows(weight.to(hidden.dtype)), answers.contiguous()
+    head = cast(weight, hidden.dtype)
+    hidden, weight, answers = rows(hidden), rows(head if head.numel() else weight), answers.contiguous()
     config = configured("answer_loss.forward", forward_config, hidden)
     blocks = groups * triton.cdiv(M, config.chunk)
     steps, parts = _split(blocks, triton.cdiv(V, config.block))
@@ -67,26 +69,26 @@ def _forward(
         hidden, weight, largest, total, best, pull, answers, loss, log_sum, prediction, slope, M, groups * M, parts,
         *strides, ROWS=COMBINE_ROWS, **sizes,
     )  # fmt: skip
-    return loss, prediction, log_sum, slope
+    return loss, prediction, log_sum, slope, head
 
 
 @_forward.register_fake
 def _(
     hidden: Tensor, weight: Tensor, answers: Tensor, predict: bool, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     groups, M, D = hidden.shape
     loss, log_sum = (hidden.new_empty(groups, M, dtype=torch.float32) for _ in range(2))
     prediction = answers.new_empty(groups, M if predict else 0)
-    return loss, prediction, log_sum, hidden.new_empty(groups, M if gradient else 0, D)
+    return loss, prediction, log_sum, hidden.new_empty(groups, M if gradient else 0, D), cast(weight, hidden.dtype)
 
 
 @torch.library.custom_op("zoo::answer_loss_backward", mutates_args=())
 def _backward(
-    hidden: Tensor, weight: Tensor, answers: Tensor, log_sum: Tensor, slope: Tensor, dloss: Tensor
+    hidden: Tensor, weight: Tensor, answers: Tensor, log_sum: Tensor, slope: Tensor, head: Tensor, dloss: Tensor
 ) -> tuple[Tensor, Tensor]:
     groups, M, D = hidden.shape
     V = weight.shape[1]
-    hidden, head, dloss = rows(hidden), rows(weight.to(hidden.dtype)), dloss.contiguous()
+    hidden, head, dloss = rows(hidden), rows(head if head.numel() else weight), dloss.contiguous()
     config = configured("answer_loss.backward", backward_config, hidden)
     blocks = groups * triton.cdiv(V, config.chunk)
     steps, parts = _split(blocks, triton.cdiv(M, config.block))
@@ -97,19 +99,24 @@ def _backward(
         D=D, BLOCK_D=_channels(hidden), ROWS=config.chunk, COLUMNS=config.block, EVEN=M % config.block == 0,
         PRECISION=precision(hidden), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    dhidden = torch.mul(slope, dloss[..., None], out=torch.empty_like(slope))
+    dhidden = torch.empty_like(slope)
+    kernels.scale_kernel[(triton.cdiv(groups * M, COMBINE_ROWS),)](
+        slope, dloss, dhidden, groups * M, D=D, BLOCK_D=triton.next_power_of_2(D), ROWS=COMBINE_ROWS
+    )
     return dhidden, sum_parts(dweight[None], weight.dtype).squeeze(0)
 
 
 @_backward.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, answers: Tensor, log_sum: Tensor, slope: Tensor, dloss: Tensor
+    hidden: Tensor, weight: Tensor, answers: Tensor, log_sum: Tensor, slope: Tensor, head: Tensor, dloss: Tensor
 ) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
+    # Of zeros for what has no gradient.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3], *output[2:])
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.short_conv.kernels import sigmoid
+
 
 @triton.jit
 def _load(x, group, token, head, column, live, g, m, h, V: tl.constexpr):
@@ -60,7 +62,7 @@ def forward_kernel(
         u = _load(x, group, token, head, column, live, x_g, x_m, x_h, V)
         if GATE:
             z = _load(gate, group, token, head, column, live, gate_g, gate_m, gate_h, V)
-            opened = z * tl.sigmoid(z)
+            opened = z * sigmoid(z)
             if GATE_FIRST:
                 u *= opened
         unit, _ = _standardised(u, column, eps, RMS, V)
@@ -100,18 +102,19 @@ def backward_kernel(
         ungated = u
         if GATE:
             z = _load(gate, group, token, head, column, live, gate_g, gate_m, gate_h, V)
-            sigmoid = tl.sigmoid(z)
+            opening = sigmoid(z)
+            opened = z * opening
             if GATE_FIRST:
-                u *= z * sigmoid
+                u *= opened
         unit, inverse = _standardised(u, column, eps, RMS, V)
         if GATE and not GATE_FIRST:
             normed = unit * factor[None, :]
             if BIAS:
                 normed += _load_weight(bias, at, column, V)[None, :]
             dz = slope * normed
-            slope *= z * sigmoid
+            slope *= opened
         if WEIGHT:
-            dweight += slope * unit * scale
+            dweight += slope * unit
         if BIAS:
             dbias += slope
         slope *= factor[None, :]
@@ -122,12 +125,12 @@ def backward_kernel(
         if GATE:
             if GATE_FIRST:
                 dz = change * ungated
-                change *= z * sigmoid
-            dz *= sigmoid * (1 + z * (1 - sigmoid))
+                change *= opened
+            dz *= opening + opened * (1 - opening)
             _store(dgate, dz, group, token, head, column, live, M, H, V)
         _store(dx, change, group, token, head, column, live, M, H, V)
     to = tl.program_id(0) * V + column
     if WEIGHT:
-        tl.store(weight_sums + to, tl.sum(dweight, 0), mask=column < V)
+        tl.store(weight_sums + to, tl.sum(dweight, 0) * scale, mask=column < V)
     if BIAS:
         tl.store(bias_sums + to, tl.sum(dbias, 0), mask=column < V)

@@ -17,7 +17,7 @@ from zoo.kernels.parts import sum_all
 
 # Programs: enough to keep the memory of a GPU busy, and, where each leaves a sum of its own, not many more.
 PROGRAMS = 16384
-SUMMING_PROGRAMS = 8192
+SUMMING_PROGRAMS = 1024
 
 
 def gated_norm(

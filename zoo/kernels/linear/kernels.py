@@ -37,18 +37,30 @@ def forward_kernel(
 
 @triton.jit
 def weight_kernel(
-    x, dy, dweight, dbias, M, N, K, groups, x_group, x_row, steps, parts, n_blocks, k_blocks,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    x, dys, dweights, dbiases, NS, M, K, groups, x_group, x_row, steps, parts, blocks, k_blocks,
+    COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dweight (parts, groups, N, K) = dy^T x, dbias (parts, groups, N) = sums of dy, over a part of the rows each."""
-    k_block = tl.program_id(0) % k_blocks
-    n_block = (tl.program_id(0) // k_blocks) % n_blocks
-    part = (tl.program_id(0) // k_blocks // n_blocks) % parts
-    group = (tl.program_id(0) // k_blocks // n_blocks // parts).to(tl.int64)
+    """dweights[i] (parts, groups, NS[i], K) = dys[i]^T x and dbiases[i] = sums of dys[i], over a part of the rows each.
+
+    The `blocks` of all layers that meet the same rows stand next to each other, so that x comes from the cache.
+    """
+    block = tl.program_id(0) % blocks
+    part = tl.program_id(0) // blocks % parts
+    group = (tl.program_id(0) // blocks // parts).to(tl.int64)
+    k = block % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    # The layer that this program's number falls into.
+    before = block // k_blocks
+    n_block, N, dy, dweight, dbias = before, NS[0], dys[0], dweights[0], dbiases[0]
+    for i in tl.static_range(1, COUNT):
+        before -= tl.cdiv(NS[i - 1], COLUMNS)
+        here = before >= 0
+        n_block, N = tl.where(here, before, n_block), tl.where(here, NS[i], N)
+        dy, dweight = tl.where(here, dys[i], dy), tl.where(here, dweights[i], dweight)
+        dbias = tl.where(here, dbiases[i], dbias)
     n = n_block * COLUMNS + tl.arange(0, COLUMNS)
-    k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
     total = tl.zeros([COLUMNS, BLOCK_K], tl.float32)
-    sums = tl.zeros([COLUMNS], tl.float32)
+    sums = tl.zeros([COLUMNS, 16], tl.float32)
     within = tl.arange(0, ROWS)
     first = part * steps * ROWS
     x += group * x_group + first.to(tl.int64) * x_row
@@ -62,9 +74,10 @@ def weight_kernel(
         dy += ROWS * N
         total = tl.dot(dy_NM, x_MK.to(dy_NM.dtype), total, input_precision=PRECISION)
         if BIAS:
-            sums += tl.sum(dy_NM.to(tl.float32), 1)
+            # As a product too: a sum would have to load dy into registers.
+            sums = tl.dot(dy_NM, tl.full([ROWS, 16], 1.0, dy_NM.dtype), sums, input_precision=PRECISION)
     place = part * groups + group
     at = (place * N + n)[:, None] * K + k[None, :]
     tl.store(dweight + at, total, mask=(n < N)[:, None] & (k < K)[None, :])
-    if BIAS and k_block == 0:
-        tl.store(dbias + place * N + n, sums, mask=n < N)
+    if BIAS and block % k_blocks == 0:
+        tl.store(dbias + place * N + n, tl.max(sums, 1), mask=n < N)

@@ -11,12 +11,13 @@ import torch
 import triton
 from torch import Tensor
 
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch, padded, precision, rows
+from zoo.kernels.launch import Config, cast, check_launch, configured, fold_batch, padded, precision, rows
 from zoo.kernels.linear import kernels
 from zoo.kernels.parts import sum_all
 
-# Programs that share the rows of the weight's gradient: one for each multiprocessor, and few enough to add up.
+# Programs that share the rows of the weights' gradients: as many as run at once, and few enough to add up.
 PROGRAMS = 128
+PROGRAMS_OF_HALF = 256
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -25,19 +26,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.numel() == 0:
         return x @ weight.T.to(x.dtype)
     # Without a bias the weight stands in for it, and is not read.
-    y = torch.ops.zoo.linear(
+    y, _ = torch.ops.zoo.linear(
         x.reshape(1, -1, K), weight[None], (weight if bias is None else bias)[None], bias is not None
     )
     return y.view(*x.shape[:-1], N)
 
 
 @torch.library.custom_op("zoo::linear", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, has_bias: bool) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """y, and weight as `cast` gives it."""
     groups, M, K = x.shape
     N = weight.shape[1]
-    x, weight = rows(x), weight.to(x.dtype).contiguous()
+    given = cast(weight, x.dtype)
+    x, weight = rows(x), (given if given.numel() else weight).contiguous()
     if not has_bias:
-        return torch.bmm(x, weight.mT)
+        return torch.bmm(x, weight.mT), given
     y = x.new_empty(groups, M, N)
     config = configured("linear.forward", forward_config, x, N)
     row_blocks, column_blocks = triton.cdiv(M, config.chunk), triton.cdiv(N, config.block)
@@ -46,48 +49,63 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, has_bias: bool) -> Tensor:
         K=K, BLOCK_K=min(64, padded(K)), ROWS=config.chunk, COLUMNS=config.block, BIAS=has_bias,
         PRECISION=precision(x), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return y
+    return y, given
 
 
 @_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, has_bias: bool) -> Tensor:
-    return x.new_empty(*x.shape[:2], weight.shape[1])
+def _(x: Tensor, weight: Tensor, bias: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:2], weight.shape[1]), cast(weight, x.dtype)
 
 
 @torch.library.custom_op("zoo::linear_backward", mutates_args=())
-def _backward(x: Tensor, weight: Tensor, dy: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(x: Tensor, weight: Tensor, given: Tensor, dy: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, dy = rows(x), dy.contiguous()
-    dx = torch.bmm(dy, weight.to(dy.dtype))
-    dweight, *dbias = (total.squeeze(0) for total in sum_all(weight_parts(x, dy, has_bias), weight.dtype))
+    dx = torch.bmm(dy, given if given.numel() else weight)
+    dweight, *dbias = (total.squeeze(0) for total in sum_all(weight_parts(x, [dy], has_bias), weight.dtype))
     return dx, dweight, dbias[0] if has_bias else weight.new_empty(len(weight), 0)
 
 
 @_backward.register_fake
-def _(x: Tensor, weight: Tensor, dy: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, given: Tensor, dy: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     groups, N, _ = weight.shape
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(groups, N if has_bias else 0)
 
 
-def weight_parts(x: Tensor, dy: Tensor, has_bias: bool = False) -> list[Tensor]:
-    """dy^T x (1, parts, groups, N, K) and, if asked, sums of dy (1, parts, groups, N), in fp32, for `sum_all`.
+def weight_parts(x: Tensor, dys: list[Tensor], has_bias: bool = False) -> list[Tensor]:
+    """For each dy dy^T x (1, parts, groups, N, K) and, if asked, sums of dy (1, parts, groups, N), for `sum_all`.
 
-    x (groups, M, K) with a channel stride of 1, dy (groups, M, N) contiguous.
+    In fp32, and in one launch where rows of all dy begin at 32 bytes. x (groups, M, K) with a channel stride of 1, each
+    dy (groups, M, N) contiguous.
     """
+    wide = [i for i, dy in enumerate(dys) if dy.shape[2] % 16 == 0]
+    launches = [wide] if wide else []
+    launches += [[i] for i in range(len(dys)) if i not in wide]
+    found: dict[int, list[Tensor]] = {}
+    for these in launches:
+        found |= zip(these, _weight_parts(x, [dys[i] for i in these], has_bias), strict=True)
+    return [part for i in range(len(dys)) for part in found[i]]
+
+
+def _weight_parts(x: Tensor, dys: list[Tensor], has_bias: bool) -> list[list[Tensor]]:
     groups, M, K = x.shape
-    N = dy.shape[2]
-    config = configured("linear.weight", weight_config, x, N)
-    n_blocks, k_blocks = triton.cdiv(N, config.block), triton.cdiv(K, min(128, padded(K)))
-    blocks = triton.cdiv(M, config.chunk)
-    steps = triton.cdiv(blocks, max(1, PROGRAMS // (groups * n_blocks * k_blocks)))
-    parts = triton.cdiv(blocks, steps)
-    dweight = torch.empty(1, parts, groups, N, K, dtype=torch.float32, device=x.device)
-    dbias = torch.empty(1, parts, groups, N, dtype=torch.float32, device=x.device) if has_bias else dweight
-    kernels.weight_kernel[(groups * parts * n_blocks * k_blocks,)](
-        x, dy, dweight, dbias, M, N, K, groups, *x.stride()[:2], steps, parts, n_blocks, k_blocks,
-        ROWS=config.chunk, COLUMNS=config.block, BLOCK_K=min(128, padded(K)), BIAS=has_bias,
+    sizes = tuple(dy.shape[2] for dy in dys)
+    config = configured("linear.weight", weight_config, x, sum(sizes))
+    k_blocks = triton.cdiv(K, min(128, padded(K)))
+    blocks = k_blocks * sum(triton.cdiv(N, config.block) for N in sizes)
+    row_blocks = triton.cdiv(M, config.chunk)
+    # With half the rows at a time, two of them fit on a multiprocessor.
+    programs = PROGRAMS_OF_HALF if config.chunk == 64 else PROGRAMS
+    steps = triton.cdiv(row_blocks, max(1, programs // (groups * blocks)))
+    parts = triton.cdiv(row_blocks, steps)
+    dweights = [torch.empty(1, parts, groups, N, K, dtype=torch.float32, device=x.device) for N in sizes]
+    dbiases = [x.new_empty(1, parts, groups, N if has_bias else 0, dtype=torch.float32) for N in sizes]
+    kernels.weight_kernel[(groups * parts * blocks,)](
+        x, tuple(dys), tuple(dweights), tuple(dbiases) if has_bias else tuple(dweights), sizes, M, K, groups,
+        *x.stride()[:2], steps, parts, blocks, k_blocks,
+        COUNT=len(dys), ROWS=config.chunk, COLUMNS=config.block, BLOCK_K=min(128, padded(K)), BIAS=has_bias,
         PRECISION=precision(x), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return [dweight, dbias] if has_bias else [dweight]
+    return [[dweight, dbias][: 1 + has_bias] for dweight, dbias in zip(dweights, dbiases, strict=True)]
 
 
 def forward_config(x: Tensor, N: int) -> Config:
@@ -99,19 +117,23 @@ def forward_config(x: Tensor, N: int) -> Config:
 
 
 def weight_config(x: Tensor, N: int) -> Config:
-    """chunk: rows of x and dy at a time; block: rows of the weight."""
+    """chunk: rows of x and dy at a time; block: rows of the weights, of which there are N."""
     if x.dtype == torch.float32:
         return Config(chunk=32, block=32, num_warps=4, num_stages=2)
-    return Config(chunk=128, block=min(64, padded(N)), num_warps=4, num_stages=3)
+    if N <= 128:
+        return Config(chunk=128, block=min(64, padded(N)), num_warps=4, num_stages=3)
+    return Config(chunk=64, block=64, num_warps=4, num_stages=4)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, ctx.has_bias = inputs
     ctx.bias_dtype = bias.dtype
-    ctx.save_for_backward(x, weight)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, output[1])
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
     dx, dweight, dbias = torch.ops.zoo.linear_backward(*ctx.saved_tensors, dy, ctx.has_bias)
     return dx, dweight, dbias.to(ctx.bias_dtype) if ctx.has_bias else None, None
 

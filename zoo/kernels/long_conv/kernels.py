@@ -11,6 +11,10 @@ taken: the C x C matrices dy_p u_q of all blocks of p and q at one distance add 
 along its diagonals.
 """
 
+# Tuples grow by sums, because Triton has no star, and so change their type.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc"
+
 from __future__ import annotations
 
 import triton
@@ -116,6 +120,75 @@ def convolve_kernel(
         total = tl.dot(b_x, toeplitz, total, input_precision=PRECISION)
     out += ((group * batch + row) * D + d)[:, None] * Y + (start + i)[None, :]
     tl.store(out, total.to(out.dtype.element_ty), mask=(row < batch)[:, None] & (start + i < Y)[None, :])
+
+
+@triton.jit
+def convolve_short_kernel(
+    x, taps, out, T, length, offset, batch,
+    D: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, TIMES: tl.constexpr, DISTANCES: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As convolve_kernel of all TIMES blocks of a short sequence, each of which is loaded once."""
+    SIGN: tl.constexpr = -1 if REVERSE else 1
+    row_blocks = tl.cdiv(batch, ROWS)
+    # Neighbours read what lies side by side.
+    d, rest = tl.program_id(0) % D, tl.program_id(0) // D
+    group = tl.cast(rest // row_blocks, tl.int64)
+    row = rest % row_blocks * ROWS + tl.arange(0, ROWS)
+    i = tl.arange(0, C)
+    taps += (group * D + d) * COPIES * length + offset
+    taps += (i % COPIES * length - i // COPIES * COPIES)[:, None] + i[None, :]
+    at = ((group * batch + row) * D + d)[:, None] * T + i[None, :]
+    inside = (row < batch)[:, None]
+    tiles = (tl.load(taps),)
+    for distance in tl.static_range(1, DISTANCES):
+        tiles = tiles + (tl.load(taps + SIGN * distance * C),)
+    given = (tl.load(x + at, mask=inside & (i < T)[None, :], other=0.0),)
+    for time in tl.static_range(1, TIMES):
+        given = given + (tl.load(x + at + time * C, mask=inside & (time * C + i < T)[None, :], other=0.0),)
+    for time in tl.static_range(TIMES):
+        total = tl.dot(given[time], tiles[0], input_precision=PRECISION)
+        for distance in tl.static_range(1, DISTANCES):
+            if (time - SIGN * distance >= 0) and (time - SIGN * distance < TIMES):
+                total = tl.dot(given[time - SIGN * distance], tiles[distance], total, input_precision=PRECISION)
+        mask = inside & (time * C + i < T)[None, :]
+        tl.store(out + at + time * C, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pairs_short_kernel(
+    dy, u, pairs, T, batch, parts, steps,
+    D: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, TIMES: tl.constexpr, DISTANCES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As pairs_kernel of all distances between the TIMES blocks of short sequences, each of which is loaded once."""
+    part = tl.program_id(0) % parts
+    channel = tl.cast(tl.program_id(0) // parts, tl.int64)
+    d, group = channel % D, channel // D
+    i = tl.arange(0, C)
+    totals = (tl.zeros((C, C), tl.float32),)
+    for _ in tl.static_range(1, DISTANCES):
+        totals = totals + (tl.zeros((C, C), tl.float32),)
+    for step in range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(batch, ROWS))):
+        row = step * ROWS + tl.arange(0, ROWS)
+        at = ((group * batch + row) * D + d)[:, None] * T + i[None, :]
+        inside = (row < batch)[:, None]
+        before = ()
+        for time in tl.static_range(TIMES):
+            mask = inside & (time * C + i < T)[None, :]
+            before = before + (tl.load(u + at + time * C, mask=mask, other=0.0),)
+            b_dy = tl.trans(tl.load(dy + at + time * C, mask=mask, other=0.0))
+            sums = ()
+            for distance in tl.static_range(DISTANCES):
+                if distance <= time:
+                    total = tl.dot(b_dy, before[time - distance], totals[distance], input_precision=PRECISION)
+                    sums = sums + (total,)
+                else:
+                    sums = sums + (totals[distance],)
+            totals = sums
+    for distance in tl.static_range(DISTANCES):
+        to = pairs + ((channel * DISTANCES + distance) * parts + part) * C * C
+        tl.store(to + i[:, None] * C + i[None, :], totals[distance])
 
 
 @triton.jit

@@ -21,6 +21,8 @@ LONGEST = 4096
 FEWEST_SEQUENCES = 32
 PROGRAMS = 256
 TAPS = 256
+# Blocks of a sequence that a program can hold.
+HELD = 4
 
 
 def long_conv(
@@ -155,17 +157,26 @@ def convolved_backward(dy: Tensor, x: Tensor, kernel: Tensor, skip: Tensor | Non
     _convolve(dy, kernel, skip, dx, seen - T, reverse=True)
     config = configured("long_conv.pairs_backward", pairs_config, x)
     C = config.chunk
+    times = triton.cdiv(T, C)
+    short = seen == T and times <= HELD
+    # Several blocks of a sequence leave room for fewer sequences.
+    ROWS = min(32, config.block) if short and times > 1 else config.block
     # No output is further from an input, and no tap reaches further.
-    distances = 1 + min(triton.cdiv(L, C), (T - 1) // C + triton.cdiv(seen - T, C))
-    blocks = triton.cdiv(B // groups, config.block)
-    steps = triton.cdiv(blocks, min(blocks, max(1, PROGRAMS // (groups * D * distances))))
+    distances = 1 + min(triton.cdiv(L - 1, C), (T - 1) // C + triton.cdiv(seen - T, C))
+    blocks = triton.cdiv(B // groups, ROWS)
+    steps = triton.cdiv(blocks, min(blocks, max(1, PROGRAMS // (groups * D * (1 if short else distances)))))
     parts = triton.cdiv(blocks, steps)
     pairs = torch.empty(groups, D, distances, parts, C, C, dtype=torch.float32, device=dy.device)
-    kernels.pairs_kernel[(groups * D * distances * parts,)](
-        dy, x, pairs, T, seen, seen - T, B // groups, distances, parts, steps,
-        D=D, ROWS=config.block, C=C, PRECISION=precision(x),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    options = {"D": D, "ROWS": ROWS, "C": C, "PRECISION": precision(x)}
+    options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if short:
+        kernels.pairs_short_kernel[(groups * D * parts,)](
+            dy, x, pairs, T, B // groups, parts, steps, TIMES=times, DISTANCES=distances, **options
+        )
+    else:
+        kernels.pairs_kernel[(groups * D * distances * parts,)](
+            dy, x, pairs, T, seen, seen - T, B // groups, distances, parts, steps, **options
+        )
     dkernel = torch.empty(groups, D, L, dtype=torch.float32, device=dy.device)
     kernels.diagonals_kernel[(groups * D * triton.cdiv(L, C),)](pairs, dkernel, L, distances, parts, D=D, C=C)
     return dx, dkernel
@@ -195,6 +206,12 @@ def pairs_config(x: Tensor) -> Config:
     if x.dtype == torch.float32:
         return Config(chunk=32, block=32, num_warps=4, num_stages=1)
     return Config(chunk=64, block=64, num_warps=4, num_stages=3)
+
+
+def short_config(x: Tensor, times: int) -> Config:
+    """As convolve_config, of programs that hold `times` blocks of each sequence."""
+    config = convolve_config(x)._replace(num_stages=1)
+    return config if times <= 2 or x.dtype == torch.float32 else config._replace(block=64, num_warps=4)
 
 
 def turn_config(x: Tensor) -> Config:
@@ -239,7 +256,16 @@ def _convolve(x: Tensor, kernel: Tensor, skip: Tensor | None, out: Tensor, past:
         kernel, kernel if skip is None else skip.contiguous(), taps, L, length, offset, *kernel.stride()[:2],
         D=D, BLOCK=TAPS, REVERSE=reverse, HAS_SKIP=skip is not None,
     )  # fmt: skip
-    kernels.convolve_kernel[(groups * D * triton.cdiv(batch, config.block) * triton.cdiv(Y, C),)](
+    times, distances = triton.cdiv(Y, C), 1 + triton.cdiv(L - 1, C)
+    if x.shape[2] == Y and times <= HELD:
+        config = configured("long_conv.short", short_config, x, times)
+        kernels.convolve_short_kernel[(groups * D * triton.cdiv(batch, config.block),)](
+            x, taps, out, Y, length, offset, batch, D=D, ROWS=config.block, C=C, TIMES=times,
+            DISTANCES=min(times, distances), REVERSE=reverse, PRECISION=precision(x),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        return
+    kernels.convolve_kernel[(groups * D * triton.cdiv(batch, config.block) * times,)](
         x, taps, out, x.shape[2], Y, L, length, offset, past, batch,
         D=D, ROWS=config.block, C=C, REVERSE=reverse, PRECISION=precision(x),
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -4,10 +4,17 @@ A program has C tokens of one sequence and BLOCK heads, and takes the pairs of c
 (B, T, I, H) and v, y (B, T, J, H) have strides over sequences and tokens; k is (B, I, H, T), kv and s (B, I, J, H, T).
 """
 
+# Tuples grow by sums, because Triton has no star, and so change their type.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc"
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# Channels of a head whose sums a program can hold.
+FEW = tl.constexpr(8)
 
 
 @triton.jit
@@ -103,15 +110,34 @@ def outer_backward_kernel(
 ):  # fmt: skip
     """dk_i = sum_j dkv_ij v_j and dv_j = sum_i dkv_ij k_i."""
     b, t, h, inside = _place(T, H, C, BLOCK)
-    for i in range(I):
-        total = tl.zeros((BLOCK, C), tl.float32)
-        for j in range(J):
-            b_dkv = _load_turned(dkv, _turned(b, t, h, T, i * J + j, I * J, H), inside)
-            total += b_dkv * tl.trans(_load(v, b, t, h, v_b, v_t, j, inside, H))
-        _store_turned(dk, total, _turned(b, t, h, T, i, I, H), inside)
-    for j in range(J):
-        total = tl.zeros((BLOCK, C), tl.float32)
+    if J <= FEW:
+        # All sums over i at once, so that dkv is read once.
+        given, dvs = (), ()
+        for j in tl.static_range(J):
+            given = given + (_load(v, b, t, h, v_b, v_t, j, inside, H).to(v.dtype.element_ty),)
+            dvs = dvs + (tl.zeros((BLOCK, C), tl.float32),)
         for i in range(I):
-            b_dkv = _load_turned(dkv, _turned(b, t, h, T, i * J + j, I * J, H), inside)
-            total += b_dkv * _load_turned(k, _turned(b, t, h, T, i, I, H), inside)
-        _store(dv, tl.trans(total), b, t, h, T, j, inside, J, H)
+            b_k = _load_turned(k, _turned(b, t, h, T, i, I, H), inside)
+            total = tl.zeros((BLOCK, C), tl.float32)
+            sums = ()
+            for j in tl.static_range(J):
+                b_dkv = _load_turned(dkv, _turned(b, t, h, T, i * J + j, I * J, H), inside)
+                total += b_dkv * tl.trans(given[j]).to(tl.float32)
+                sums = sums + (dvs[j] + b_dkv * b_k,)
+            dvs = sums
+            _store_turned(dk, total, _turned(b, t, h, T, i, I, H), inside)
+        for j in tl.static_range(J):
+            _store(dv, tl.trans(dvs[j]), b, t, h, T, j, inside, J, H)
+    else:
+        for i in range(I):
+            total = tl.zeros((BLOCK, C), tl.float32)
+            for j in range(J):
+                b_dkv = _load_turned(dkv, _turned(b, t, h, T, i * J + j, I * J, H), inside)
+                total += b_dkv * tl.trans(_load(v, b, t, h, v_b, v_t, j, inside, H))
+            _store_turned(dk, total, _turned(b, t, h, T, i, I, H), inside)
+        for j in range(J):
+            total = tl.zeros((BLOCK, C), tl.float32)
+            for i in range(I):
+                b_dkv = _load_turned(dkv, _turned(b, t, h, T, i * J + j, I * J, H), inside)
+                total += b_dkv * _load_turned(k, _turned(b, t, h, T, i, I, H), inside)
+            _store(dv, tl.trans(total), b, t, h, T, j, inside, J, H)

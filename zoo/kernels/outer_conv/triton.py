@@ -90,7 +90,7 @@ fold_batch(_backward)
 
 def config_of(k: Tensor) -> Config:
     """chunk: tokens; block: heads."""
-    return Config(chunk=64, block=min(64, triton.next_power_of_2(k.shape[2])), num_warps=4, num_stages=1)
+    return Config(chunk=64, block=min(32, triton.next_power_of_2(k.shape[2])), num_warps=4, num_stages=1)
 
 
 def _launch(k: Tensor, v: Tensor) -> tuple[tuple[int], dict[str, Any]]:

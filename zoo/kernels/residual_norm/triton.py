@@ -15,8 +15,9 @@ from zoo.kernels.launch import Config, check_launch, configured, fold_batch
 from zoo.kernels.parts import sum_all
 from zoo.kernels.residual_norm import kernels
 
-# Programs: enough to keep the memory of a GPU busy.
+# Programs: enough to keep the memory of a GPU busy, and, where each leaves sums of its own, not many more.
 PROGRAMS = 4096
+SUMMING_PROGRAMS = 2048
 
 
 def residual_norm(
@@ -48,7 +49,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     x, branch = x.contiguous(), branch.contiguous()
     stream, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
-    programs, launch = _launch(x, configured("residual_norm.forward", config_of, x))
+    programs, launch = _launch(x, configured("residual_norm.forward", config_of, x), PROGRAMS)
     kernels.forward_kernel[(programs,)](
         x, branch, weight.contiguous(), bias.contiguous(), stream, normed, eps=eps,
         BRANCH=has_branch, BIAS=has_bias, RMS=rms, **launch,
@@ -84,7 +85,7 @@ def _backward(
     branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups, _, D = stream.shape
-    programs, launch = _launch(stream, configured("residual_norm.backward", backward_config, stream))
+    programs, launch = _launch(stream, configured("residual_norm.backward", backward_config, stream), SUMMING_PROGRAMS)
     dx, dbranch = torch.empty_like(stream), torch.empty_like(stream, dtype=branch_dtype)
     parts = [stream.new_empty(groups, programs // groups, D, dtype=torch.float32) for _ in range(1 + has_bias)]
     kernels.backward_kernel[(programs,)](
@@ -123,13 +124,13 @@ def backward_config(x: Tensor) -> Config:
     return Config(chunk=1, block=512, num_warps=1, num_stages=1)
 
 
-def _launch(x: Tensor, config: Config) -> tuple[int, dict[str, Any]]:
+def _launch(x: Tensor, config: Config, most: int) -> tuple[int, dict[str, Any]]:
     """How many programs, and what every kernel is told of its work."""
     groups, M, D = x.shape
     block = triton.next_power_of_2(D)
     rows = max(1, min(config.block // block, triton.next_power_of_2(M)))
     blocks = triton.cdiv(M, rows)
-    steps = triton.cdiv(blocks, max(1, PROGRAMS // groups))
+    steps = triton.cdiv(blocks, max(1, most // groups))
     parts = triton.cdiv(blocks, steps)
     sizes = {"M": M, "steps": steps, "parts": parts, "D": D, "BLOCK_D": block, "ROWS": rows}
     return groups * parts, {**sizes, "num_warps": config.num_warps}
