@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from zoo.kernels.joined_rows import joined_rows
+from zoo.kernels.kept_rows import kept_rows
 from zoo.mixers.base import Mixer
 from zoo.state import State
 
@@ -40,6 +42,28 @@ def everywhere(y: Tensor) -> Tensor:
     return y
 
 
+@dataclass(frozen=True)
+class At:
+    """The Pick of what stands at positions (B, Q)."""
+
+    positions: Tensor
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return joined_rows(y.flatten(2), None, self.positions).view(*self.positions.shape, *y.shape[2:])
+
+
+def beside(pick: Pick, *ys: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """ys, and what is picked of each: for what is used whole and in part, so that its gradients meet in one pass."""
+    if not isinstance(pick, At):
+        return ys, [pick(y) for y in ys]
+
+    def shaped(some: Sequence[Tensor]) -> list[Tensor]:
+        return [each.unflatten(2, y.shape[2:]) for each, y in zip(some, ys, strict=True)]
+
+    kept, rows = kept_rows(pick.positions, *(y.flatten(2) for y in ys))
+    return shaped(kept), shaped(rows)
+
+
 class ReadoutMixer(RecurrentMixer):
     """A RecurrentMixer that ends in operations on each position alone: in a last layer, on those that are asked only.
 
@@ -50,7 +74,4 @@ class ReadoutMixer(RecurrentMixer):
         raise NotImplementedError
 
     def forward_at(self, x: Tensor, positions: Tensor) -> Tensor:
-        def pick(y: Tensor) -> Tensor:
-            return joined_rows(y.flatten(2), None, positions).view(*positions.shape, *y.shape[2:])
-
-        return self.mix(x, None, False, pick)[0]
+        return self.mix(x, None, False, At(positions))[0]

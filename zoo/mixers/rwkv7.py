@@ -15,9 +15,9 @@ from zoo.kernels.activation import activation
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.delta_rule import generalized_delta_rule
 from zoo.kernels.rwkv7 import rwkv7_keys, rwkv7_readout
-from zoo.kernels.token_shift import token_shift
+from zoo.kernels.shifted_projections import shifted_projections
 from zoo.mixers.base import LayerInfo
-from zoo.mixers.recurrent import Pick, ReadoutMixer, everywhere
+from zoo.mixers.recurrent import Pick, ReadoutMixer, beside, everywhere
 
 # The decay of a step is at least exp(-exp(-0.5)) = 0.545 (arXiv 2503.14456, eq. 11).
 MIN_DECAY = -math.exp(-0.5)
@@ -101,25 +101,31 @@ class RWKV7(ReadoutMixer):
         self, x: Tensor, state: RWKV7State | None, return_state: bool, pick: Pick = everywhere
     ) -> tuple[Tensor, RWKV7State | None]:
         previous, S = (None, None) if state is None else state
-        r, w, k, v, a, g = token_shift(x, self.shifts, previous=previous)
-        decay = F.linear(torch.tanh(F.linear(w, self.decay_down.T)), self.decay_up.T)
-        decay = activation(decay, self.decay, "sigmoid", scale=MIN_DECAY)
-        rate = F.linear(F.linear(a, self.rate_down.T), self.rate_up.T)
-        gate = F.linear(torch.sigmoid(F.linear(pick(g), self.gate_down.T)), self.gate_up.T)
-        r, k, v, decay, rate, gate = (
-            y.unflatten(-1, (self.num_heads, -1))
-            for y in (self.receptance(r), self.key(k), self.value(v), decay, rate, gate)
+        r, w, k, v, a, g = shifted_projections(
+            x,
+            self.shifts,
+            self.receptance.weight,
+            self.decay_down.T,
+            self.key.weight,
+            self.value.weight,
+            self.rate_down.T,
+            self.gate_down.T,
+            previous=previous,
         )
+        decay = activation(F.linear(torch.tanh(w), self.decay_up.T), self.decay, "sigmoid", scale=MIN_DECAY)
+        rate = F.linear(a, self.rate_up.T)
+        gate = F.linear(torch.sigmoid(pick(g)), self.gate_up.T)
+        r, k, v, decay, rate, gate = (y.unflatten(-1, (self.num_heads, -1)) for y in (r, k, v, decay, rate, gate))
         rate_bias, removal, replacement, scale, shift = (
             p.view(self.num_heads, -1)
             for p in (self.rate, self.removal, self.replacement, self.norm.weight, self.norm.bias)
         )
         k, a, b = rwkv7_keys(k, rate, rate_bias, removal, replacement)
+        (r, k, v), (q_r, q_k, q_v) = beside(pick, r, k, v)
         o, S = generalized_delta_rule(
             r, k, v, a, b, decay, min_decay=MIN_DECAY, initial_state=S, return_state=return_state
         )
-        o, r, k, v = (pick(y) for y in (o, r, k, v))
-        y = rwkv7_readout(o, r, k, v, gate, scale, shift, self.bonus, eps=self.norm.eps)
+        y = rwkv7_readout(pick(o), q_r, q_k, q_v, gate, scale, shift, self.bonus, eps=self.norm.eps)
         return self.output(y.flatten(2)), None if S is None else RWKV7State(x[:, -1], S)
 
 

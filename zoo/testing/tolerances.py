@@ -33,6 +33,7 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "ssd_inputs": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "activation": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "rwkv7": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "shifted_projections": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "token_shift": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "token_embedding": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "linear": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},

@@ -32,9 +32,8 @@ def _load_weight(weight, parts, column, K: tl.constexpr):
 
 
 @triton.jit
-def _store_sum(sums, which: tl.constexpr, count: tl.constexpr, values, column, K: tl.constexpr):
-    to = sums + (tl.program_id(0) * count + which) * K + column
-    tl.store(to, tl.sum(values, 0), mask=column < K)
+def _store_sum(sums, values, column, K: tl.constexpr):
+    tl.store(sums + tl.program_id(0) * K + column, tl.sum(values, 0), mask=column < K)
 
 
 @triton.jit
@@ -70,7 +69,7 @@ def keys_backward_kernel(
     k, rate, rate_bias, removal, replacement, dwritten, da, db, dk, drate, sums, M, steps, parts, eps,
     H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """sums (groups * H, parts, 3, K): of a program's rows, the gradients of rate_bias, removal and replacement."""
+    """Three sums (groups * H, parts, K): of a program's rows, the gradients of rate_bias, removal and replacement."""
     first, head, part, column = _place(M, parts, H, BLOCK)
     b_bias, b_removal = _load_weight(rate_bias, parts, column, K), _load_weight(removal, parts, column, K)
     b_replacement = _load_weight(replacement, parts, column, K)
@@ -96,9 +95,9 @@ def keys_backward_kernel(
         dbias += b_drate
         dremoval += dlong * b_k
         dreplacement += b_dwritten * b_k * (eta - 1)
-    _store_sum(sums, 0, 3, dbias, column, K)
-    _store_sum(sums, 1, 3, dremoval, column, K)
-    _store_sum(sums, 2, 3, dreplacement, column, K)
+    _store_sum(sums[0], dbias, column, K)
+    _store_sum(sums[1], dremoval, column, K)
+    _store_sum(sums[2], dreplacement, column, K)
 
 
 @triton.jit
@@ -124,7 +123,7 @@ def readout_backward_kernel(
     o, q, k, v, gate, weight, bias, bonus, dy, do, dq, dk, dv, dgate, sums, M, steps, parts, eps,
     H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """sums (groups * H, parts, 3, K): of a program's rows, the gradients of weight, bias and bonus."""
+    """Three sums (groups * H, parts, K): of a program's rows, the gradients of weight, bias and bonus."""
     first, head, part, column = _place(M, parts, H, BLOCK)
     b_weight, b_bias = _load_weight(weight, parts, column, K), _load_weight(bias, parts, column, K)
     b_bonus = _load_weight(bonus, parts, column, K)
@@ -150,6 +149,6 @@ def readout_backward_kernel(
         slope *= b_weight
         change = slope - unit * (tl.sum(slope * unit, 1) / K)[:, None] - (tl.sum(slope, 1) / K)[:, None]
         _store(do, change * inverse, row, head, column, mask, H, K)
-    _store_sum(sums, 0, 3, dweight, column, K)
-    _store_sum(sums, 1, 3, dbias, column, K)
-    _store_sum(sums, 2, 3, dbonus, column, K)
+    _store_sum(sums[0], dweight, column, K)
+    _store_sum(sums[1], dbias, column, K)
+    _store_sum(sums[2], dbonus, column, K)

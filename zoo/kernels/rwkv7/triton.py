@@ -13,11 +13,12 @@ import triton
 from torch import Tensor
 
 from zoo.kernels.launch import Config, check_launch, configured, fold_batch
+from zoo.kernels.parts import sum_all
 from zoo.kernels.rwkv7 import kernels
 
 # Programs: enough to keep the memory of a GPU busy, and, where each leaves a sum of its own, not many more.
 PROGRAMS = 16384
-SUMMING_PROGRAMS = 4096
+SUMMING_PROGRAMS = 2048
 
 
 def rwkv7_keys(
@@ -151,7 +152,8 @@ def config_of(x: Tensor) -> Config:
 
 
 def backward_config(x: Tensor) -> Config:
-    return Config(chunk=1, block=1024, num_warps=4, num_stages=1)
+    """A warp alone meets no barriers where rows are summed."""
+    return Config(chunk=1, block=256, num_warps=1, num_stages=1)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -171,14 +173,15 @@ def _launch(x: Tensor, config: Config, most: int) -> tuple[int, tuple[int, int, 
     return groups * H * parts, (M, steps, parts), options
 
 
-def _sums(x: Tensor, programs: int) -> Tensor:
+def _sums(x: Tensor, programs: int) -> tuple[Tensor, ...]:
     groups, _, H, K = x.shape
-    return torch.empty(groups, H, programs // (groups * H), 3, K, dtype=torch.float32, device=x.device)
+    shape = (groups * H, programs // (groups * H), K)
+    return tuple(torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(3))
 
 
-def _totals(sums: Tensor, *weights: Tensor) -> list[Tensor]:
-    total = sums.sum(2)
-    return [total[:, :, i].to(weight.dtype, copy=True) for i, weight in enumerate(weights)]
+def _totals(sums: tuple[Tensor, ...], *weights: Tensor) -> list[Tensor]:
+    totals = zip(sum_all(sums, torch.float32), weights, strict=True)
+    return [total.view(weight.shape).to(weight.dtype) for total, weight in totals]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
