@@ -24,17 +24,18 @@ def forward(
     initial_state: Tensor | None,
     return_state: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o, S_T and, for the backward pass, the state before each chunk. decay (B, H) or (B, T, H), skip (B, H).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, S_T and, for the backward pass, the state before each chunk and the decay since its start of each step.
 
-    Without return_state S_T has no elements; without `save`, or where a backward pass needs none, states has none.
+    decay (B, H) or (B, T, H), skip (B, H). Without return_state S_T has no elements; nor have the last two without
+    `save`, or where a backward pass needs none.
     """
     q, k, v = rows(q), rows(k), rows(v)
     config = configured("linear_recurrence.scalar_forward", forward_config, q, v)
-    o, last, states = _results(q, v, decay, return_state, save)
+    o, last, states, sums = _results(q, v, decay, return_state, save)
     kept = states if states.shape[1] else None
-    _carry(config, False, False, q, k, v, decay, skip, initial_state, o, kept, last if return_state else None)
-    return o, last, states
+    _carry(config, False, False, q, k, v, decay, skip, initial_state, o, kept, last if return_state else None, sums)
+    return o, last, states, sums
 
 
 @forward.register_fake
@@ -47,7 +48,7 @@ def _(
     initial_state: Tensor | None,
     return_state: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _results(q, v, decay, return_state, save)
 
 
@@ -60,6 +61,7 @@ def backward(
     skip: Tensor | None,
     initial_state: Tensor | None,
     states: Tensor,
+    sums: Tensor,
     do: Tensor,
     dlast: Tensor | None,
     decay_gradient: bool,
@@ -82,16 +84,19 @@ def backward(
     shared: dict[str, Any] = {"K": K, "V": V, "BLOCK_V": padded(V), "C": C, "DECAY": kind, "COPY": copy}
     shared |= {"HAS_FIRST": initial_state is not None, "HAS_LAST": dlast is not None, "PRECISION": precision(q)}
     shared |= {"SKIP": skip is not None, "DECAY_GRADIENT": decay_gradient}
-    alone = walks_alone(q)
+    together = walks_twice(q, v, decay)
+    alone = walks_alone(q) and not together
     if _small(q, v) and (alone or not decay_gradient):
-        config = configured("linear_recurrence.scalar_walk_backward", walk_backward_config, q, v)
+        config = configured("linear_recurrence.scalar_walk_backward", walk_backward_config, q, v, alone)
         dg, dskip = _parts(q, decay_gradient, 1), _parts(q[:, :1], skip is not None, 1)
+        shape = (B, H, triton.cdiv(T, C), 2 * C + padded(K)) if decay_gradient else (0,)
+        terms = torch.empty(shape, dtype=torch.float32, device=q.device)
         q_, k_, v_, do_, dq_, dk_, dv_ = _tiles(copy, C, (q, K), (k, K), (v, V), (do, V), (dq, K), (dk, K), (dv, V))
-        scalar_kernels.backward_kernel[(B * H * (1 if alone else 2),)](
-            q_, k_, v_, g, through, q if initial_state is None else initial_state.contiguous(), states, do_,
-            q if dlast is None else dlast.contiguous(), dq_, dk_, dv_, dg, dskip, dfirst, T, H, B * H, *strides,
-            *through_strides, **shared, BLOCK_K=padded(K), ALONE=alone, num_warps=config.num_warps,
-            num_stages=config.num_stages,
+        scalar_kernels.backward_kernel[(B * H * (1 if alone or together else 2),)](
+            q_, k_, v_, g, through, q if initial_state is None else initial_state.contiguous(), states, sums, do_,
+            q if dlast is None else dlast.contiguous(), dq_, dk_, dv_, dg, terms, dskip, dfirst, T, H, B * H, *strides,
+            *through_strides, **shared, BLOCK_K=padded(K), ALONE=alone, TOGETHER=together,
+            KEPT=sums.shape[1] > 0, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     else:
         config = configured("linear_recurrence.scalar_carry_backward", carry_backward_config, q, v)
@@ -126,6 +131,7 @@ def _(
     skip: Tensor | None,
     initial_state: Tensor | None,
     states: Tensor,
+    sums: Tensor,
     do: Tensor,
     dlast: Tensor | None,
     decay_gradient: bool,
@@ -136,10 +142,14 @@ def _(
 
 def _results(
     q: Tensor, v: Tensor, decay: Tensor | None, return_state: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, _, H, K = q.shape
     last = q.new_empty((B, H, K, v.shape[-1]) if return_state else (B, 0), dtype=torch.float32)
-    return empty_like(v, q), last, _empty_states(q, v) if save and needs_states(q, v, decay) else q.new_empty(B, 0)
+    states = _empty_states(q, v) if save and needs_states(q, v, decay) else q.new_empty(B, 0)
+    steps = decay is not None and decay.dim() == 3 and q.dtype != torch.float32
+    keep = save and steps and _small(q, v) and walks_alone(q)
+    sums = q.new_empty((B, H, states.shape[2] * _chunk(q, v)) if keep else (B, 0), dtype=torch.float32)
+    return empty_like(v, q), last, states, sums
 
 
 def _empty_states(q: Tensor, v: Tensor) -> Tensor:
@@ -155,6 +165,7 @@ def _chunk(q: Tensor, v: Tensor) -> int:
 def _carry(
     config: Config, reverse: bool, copy: bool, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None,
     skip: Tensor | None, first: Tensor | None, o: Tensor, states: Tensor | None, last: Tensor | None,
+    sums: Tensor | None = None,
 ) -> None:  # fmt: skip
     B, T, H, K = q.shape
     V = v.shape[-1]
@@ -165,11 +176,11 @@ def _carry(
     q_, k_, v_, o_ = _tiles(copy, C, (q, K), (k, K), (v, block), (o, block))
     scalar_kernels.forward_kernel[(B * H * triton.cdiv(V, block),)](
         q_, k_, v_, g, through, q if first is None else first.contiguous(), o_, q if states is None else states,
-        q if last is None else last, T, H, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g_strides,
-        *through_strides, K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=C, DECAY=kind, SKIP=skip is not None,
-        REVERSE=reverse,
-        HAS_FIRST=first is not None, HAS_LAST=last is not None, SAVE=states is not None, PRECISION=precision(q),
-        COPY=copy, num_warps=config.num_warps, num_stages=config.num_stages,
+        q if sums is None else sums, q if last is None else last, T, H, *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], *g_strides, *through_strides, K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=C, DECAY=kind,
+        SKIP=skip is not None, REVERSE=reverse, HAS_FIRST=first is not None, HAS_LAST=last is not None,
+        SAVE=states is not None, KEEP=sums is not None and sums.shape[1] > 0, PRECISION=precision(q), COPY=copy,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
@@ -227,12 +238,12 @@ def _sum(parts: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:6], output[2])
+    ctx.save_for_backward(*inputs[:6], *output[2:])
     ctx.return_state = inputs[6]
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, do: Tensor | None, dlast: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, do: Tensor | None, dlast: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
     gradients = torch.ops.zoo.linear_recurrence_backward(
         *ctx.saved_tensors, do, dlast if ctx.return_state else None, ctx.needs_input_grad[3]
@@ -258,16 +269,24 @@ def forward_config(q: Tensor, v: Tensor) -> Config:
 
 def needs_states(q: Tensor, v: Tensor, decay: Tensor | None) -> bool:
     """Whether a backward pass is expected to read the state before each chunk."""
-    return (decay is not None and decay.dim() == 3) or not _small(q, v) or walks_alone(q)
+    if decay is not None and decay.dim() == 3:
+        return True
+    return not _small(q, v) or (walks_alone(q) and not walks_twice(q, v, decay))
 
 
 def walks_alone(q: Tensor) -> bool:
-    """Whether one walk makes all gradients: where it has enough programs, or few steps."""
+    """Whether one program makes all gradients: where it has enough of them, or few steps."""
     return _many_heads(q) or q.shape[1] <= 256
 
 
-def walk_backward_config(q: Tensor, v: Tensor) -> Config:
-    stages = 2 if walks_alone(q) else 3
+def walks_twice(q: Tensor, v: Tensor, decay: Tensor | None) -> bool:
+    """Whether that program takes two walks: without decays they take less than the states of several chunks."""
+    return walks_alone(q) and decay is None and q.shape[1] > _chunk(q, v)
+
+
+def walk_backward_config(q: Tensor, v: Tensor, alone: bool) -> Config:
+    """Two of its programs fit into the shared memory of a multiprocessor."""
+    stages = 2 if alone else 3
     return Config(chunk=0, block=0, num_warps=4, num_stages=1 if q.dtype == torch.float32 else stages)
 
 

@@ -11,10 +11,10 @@ behind it by e^{until_s}:
     dv_s = e^{until_s} D^T k_s  + sum_{t>=s} a(t, s) (q_t.k_s) do_t
 
 D is the gradient of the state behind the chunk; a skip adds to each (q_t.k_t). o is one `walk`, and so is dq, of do, v
-and k; dk and dv are found in one walk back, which carries D. `backward_kernel` has them in two programs, or all in one
-that loads each S, which the forward pass has kept. Where there are too few programs for that, and the gradient of a
-decay or wide heads are too much for two, `forward_kernel` only carries D back, for dv, and `gradient_kernel` takes each
-chunk on its own.
+and k; dk and dv are found in one walk back, which carries D. `backward_kernel` has both walks, in two programs or one
+after the other, or a single walk that loads each S, which the forward pass has kept. Where there are too few programs
+for that, and the gradient of a decay or wide heads are too much for two, `forward_kernel` only carries D back, for dv,
+and `gradient_kernel` takes each chunk on its own.
 
 The gradient of g_u adds up what goes over step u: S.D e^{g_1 + ... + g_C}, what s < u write to D, what t >= u read of
 S, and pairs s < u <= t of the chunk. The last are, over t >= u, q_t.dq_t less k_t.dk_t of all other pairs of the chunk:
@@ -126,13 +126,14 @@ def store_tile(
 
 @triton.jit
 def walk(
-    q, k, v, g, skip, first, o, states, last, b, h, T, H, column, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    SKIP: tl.constexpr, REVERSE: tl.constexpr, TURNED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
-    SAVE: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
+    q, k, v, g, skip, first, o, states, sums, last, b, h, T, H, column, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    g_t, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, SKIP: tl.constexpr, REVERSE: tl.constexpr, TURNED: tl.constexpr, HAS_FIRST: tl.constexpr,
+    HAS_LAST: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of o. SAVE keeps the state that each chunk reads. TURNED: `first` is in memory as (V, K).
+    """BLOCK columns of o. SAVE keeps the state that each chunk reads, KEEP the decay since its start of each step.
 
+    TURNED: `first` is in memory as (V, K).
     REVERSE: backwards from the last chunk, with q and k exchanged and do for v: o is dv, the states are each D.
     """
     EXACT: tl.constexpr = PRECISION == "tf32x3"
@@ -167,6 +168,8 @@ def walk(
         else:
             b_g = g + tl.cast(at, tl.int64) * g_t
             since, until, whole = sums_of_decay(b_g, g_t, T - at, C, DECAY, EXACT)
+            if KEEP:
+                tl.store(sums + at + row, since)
             scores *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, not REVERSE, EXACT)
             b_o *= tl.exp2(until if REVERSE else since)[:, None]
         if SKIP:
@@ -183,11 +186,11 @@ def walk(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, g, skip, first, o, states, last, T, H,
+    q, k, v, g, skip, first, o, states, sums, last, T, H,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, skip_b, skip_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, SKIP: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
-    SAVE: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
+    SAVE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head and BLOCK columns of v."""
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
@@ -195,20 +198,36 @@ def forward_kernel(
     b, h = head // H, head % H
     state = head * K * V
     walk(
-        q, k, v, g + b * g_b + h * g_h, skip + b * skip_b + h * skip_h, first + state, o, states + state * tl.cdiv(T,
-        C), last + state,
+        q, k, v, g + b * g_b + h * g_h, skip + b * skip_b + h * skip_h, first + state, o,
+        states + state * tl.cdiv(T, C), sums + head * tl.cdiv(T, C) * C, last + state,
         b, h, T, H, tl.program_id(0) % blocks * BLOCK, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t,
-        K, V, BLOCK_K, BLOCK, C, DECAY, SKIP, REVERSE, False, HAS_FIRST, HAS_LAST, SAVE, PRECISION, COPY,
+        K, V, BLOCK_K, BLOCK, C, DECAY, SKIP, REVERSE, False, HAS_FIRST, HAS_LAST, SAVE, KEEP, PRECISION, COPY,
     )  # fmt: skip
 
 
 @triton.jit
+def add_up(terms, dg, T, H, chunks, C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """dg of all chunks from the terms that the walk has left in memory, several chunks at once."""
+    row = tl.arange(0, C)[None, :]
+    for begin in range(0, chunks, 4):
+        chunk = (begin + tl.arange(0, 4))[:, None]
+        live = chunk < chunks
+        at = terms + chunk * (2 * C + BLOCK_K)
+        net = tl.load(at + row, mask=live, other=0.0)
+        writes = tl.load(at + C + row - 1, mask=live & (row > 0), other=0.0)
+        across = tl.sum(tl.load(at + 2 * C + tl.arange(0, BLOCK_K)[None, :], mask=live, other=0.0), 1)
+        total = across[:, None] + tl.cumsum(writes, 1) + tl.cumsum(net, 1, reverse=True)
+        t = chunk * C + row
+        tl.store(dg + t * H, total, mask=live & (t < T))
+
+
+@triton.jit
 def walk_back(
-    q, k, v, g, skip, states, do, dlast, dq, dk, dv, dg, dskip, dfirst, b, h, T, H,
+    q, k, v, g, skip, states, sums, do, dlast, dq, dk, dv, dg, terms, dskip, dfirst, b, h, T, H,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t, do_b, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, SKIP: tl.constexpr, ALONE: tl.constexpr, DECAY_GRADIENT: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """dk and dv; ALONE: and dq."""
     EXACT: tl.constexpr = PRECISION == "tf32x3"
@@ -237,14 +256,23 @@ def walk_back(
             b_S = tl.load(states + chunk * K * V + state, mask=held, other=0.0)
         dtype = b_q.dtype
         written = D.to(dtype)
+        if DECAY != NO_DECAY:
+            b_g = g + tl.cast(at, tl.int64) * g_t
+            if KEPT:
+                since = tl.load(sums + at + row)
+                whole = tl.load(sums + at + C - 1)
+                until = whole - since
+            else:
+                since, until, whole = sums_of_decay(b_g, g_t, T - at, C, DECAY, EXACT)
+        if DECAY_GRADIENT:
+            b_terms = terms + chunk * (2 * C + BLOCK_K)
+            tl.store(b_terms + 2 * C + i, tl.exp2(whole) * tl.sum(b_S.to(tl.float32) * D, 1))
 
         # A row of these is an s and a column a t.
         scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         if DECAY == NO_DECAY:
             scores = tl.where(row[:, None] <= row[None, :], scores, 0.0)
         else:
-            b_g = g + tl.cast(at, tl.int64) * g_t
-            since, until, whole = sums_of_decay(b_g, g_t, T - at, C, DECAY, EXACT)
             a = decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, False, EXACT)
             scores *= a
         b_dv = tl.dot(b_k, written, input_precision=PRECISION)
@@ -267,18 +295,18 @@ def walk_back(
         if SKIP:
             skipped += own
         if DECAY_GRADIENT:
-            across = tl.exp2(whole) * tl.sum(b_S.to(tl.float32) * D)
+            tl.store(b_terms + C + row, tl.sum(b_k * b_dk, 1))
             slopes = tl.where(row[:, None] < row[None, :], slopes, 0.0)
-            writes = tl.sum(b_k * b_dk, 1)
             within = tl.dot(slopes.to(dtype), b_q, input_precision=PRECISION)
             net = -tl.sum(b_k * within, 1)
-            b_dk += within
-            b_dk += own[:, None] * b_q
+            b_dk += within + own[:, None] * b_q
         else:
             b_dk = tl.dot(slopes.to(dtype), b_q, b_dk, input_precision=PRECISION)
         store_tile(dk, b_dk, b, h, at, T, H, 0, C, K, BLOCK_K, COPY)
 
         if ALONE:
+            if KEPT:
+                since = tl.load(sums + at + row)
             slopes = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
             b_dq = tl.dot(b_do, tl.trans(b_S), input_precision=PRECISION)
             if DECAY == NO_DECAY:
@@ -287,18 +315,21 @@ def walk_back(
                 slopes *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, True, EXACT)
                 b_dq *= tl.exp2(since)[:, None]
             if DECAY_GRADIENT:
+                own = tl.sum(tl.where(row[:, None] == row[None, :], slopes, 0.0), 1)
                 slopes = tl.where(row[:, None] > row[None, :], slopes, 0.0)
             b_dq = tl.dot(slopes.to(dtype), b_k, b_dq, input_precision=PRECISION)
             if DECAY_GRADIENT:
-                net += tl.sum(b_q * b_dq, 1)
+                tl.store(b_terms + row, net + tl.sum(b_q * b_dq, 1))
                 b_dq += own[:, None] * b_k
-                tl.store(dg + (at + row) * H, across + over_each_step(net, writes, C), mask=at + row < T)
             store_tile(dq, b_dq, b, h, at, T, H, 0, C, K, BLOCK_K, COPY)
 
         if DECAY != NO_DECAY:
             b_q = (b_q * tl.exp2(since)[:, None]).to(dtype)
             D *= tl.exp2(whole)
         D = tl.dot(tl.trans(b_q), b_do, D, input_precision=PRECISION)
+    if DECAY_GRADIENT:
+        tl.debug_barrier()
+        add_up(terms, dg, T, H, chunks, C, BLOCK_K)
     if SKIP:
         tl.store(dskip, tl.sum(skipped))
     if HAS_FIRST:
@@ -307,30 +338,32 @@ def walk_back(
 
 @triton.jit
 def backward_kernel(
-    q, k, v, g, skip, first, states, do, dlast, dq, dk, dv, dg, dskip, dfirst, T, H, heads,
+    q, k, v, g, skip, first, states, sums, do, dlast, dq, dk, dv, dg, terms, dskip, dfirst, T, H, heads,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, do_b, do_t, do_h, skip_b, skip_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, SKIP: tl.constexpr, ALONE: tl.constexpr, DECAY_GRADIENT: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
+    DECAY: tl.constexpr, SKIP: tl.constexpr, ALONE: tl.constexpr, TOGETHER: tl.constexpr,
+    DECAY_GRADIENT: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, KEPT: tl.constexpr,
+    PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a sequence and head: one program ALONE, or two, the longer first."""
+    """All gradients of a sequence and head: in one walk ALONE, or in two, TOGETHER in a program or the longer first."""
     head = tl.cast(tl.program_id(0) % heads, tl.int64)
     b, h = head // H, head % H
     g += b * g_b + h * g_h
     state = head * K * V
-    if tl.program_id(0) < heads:
+    if TOGETHER or tl.program_id(0) < heads:
         walk_back(
-            q, k, v, g, skip + b * skip_b + h * skip_h, states + state * tl.cdiv(T, C), do, dlast + state,
-            dq, dk, dv, dg + b * T * H + h, dskip + head, dfirst + state, b, h, T, H, q_b, q_t, q_h, k_b, k_t, k_h,
-            v_b, v_t, v_h, g_t, do_b, do_t, do_h,
-            K, V, BLOCK_K, BLOCK_V, C, DECAY, SKIP, ALONE, DECAY_GRADIENT, HAS_FIRST, HAS_LAST, PRECISION, COPY,
+            q, k, v, g, skip + b * skip_b + h * skip_h, states + state * tl.cdiv(T, C),
+            sums + head * tl.cdiv(T, C) * C, do, dlast + state, dq, dk, dv, dg + b * T * H + h,
+            terms + head * tl.cdiv(T, C) * (2 * C + BLOCK_K), dskip + head, dfirst + state, b, h, T, H, q_b, q_t, q_h,
+            k_b, k_t, k_h, v_b, v_t, v_h, g_t, do_b, do_t, do_h,
+            K, V, BLOCK_K, BLOCK_V, C, DECAY, SKIP, ALONE, DECAY_GRADIENT, HAS_FIRST, HAS_LAST, KEPT, PRECISION, COPY,
         )  # fmt: skip
     if not ALONE:  # noqa: SIM102 (known as it is compiled, unlike what follows)
-        if tl.program_id(0) >= heads:
+        if TOGETHER or tl.program_id(0) >= heads:
             walk(
-                do, v, k, g, skip, first + state, dq, states, dlast, b, h, T, H, 0,
+                do, v, k, g, skip, first + state, dq, states, sums, dlast, b, h, T, H, 0,
                 do_b, do_t, do_h, v_b, v_t, v_h, k_b, k_t, k_h, g_t,
-                V, K, BLOCK_V, BLOCK_K, C, DECAY, False, False, True, HAS_FIRST, False, False, PRECISION, COPY,
+                V, K, BLOCK_V, BLOCK_K, C, DECAY, False, False, True, HAS_FIRST, False, False, False, PRECISION, COPY,
             )  # fmt: skip
 
 

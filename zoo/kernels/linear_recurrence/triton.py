@@ -37,7 +37,7 @@ def linear_recurrence(
         decay = decay.expand(B, H)
     if bonus is None and (decay is None or decay.dim() < 4):
         through = None if skip is None else skip.expand(B, H)
-        o, S, _ = scalar.forward(*qkv, decay, through, S, return_state, torch.is_grad_enabled())
+        o, S, *_ = scalar.forward(*qkv, decay, through, S, return_state, torch.is_grad_enabled())
     else:
         if bonus is not None:
             bonus = bonus[None]
