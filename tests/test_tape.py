@@ -186,6 +186,13 @@ def test_what_cannot_be_repeated_is_not_recorded(which: int) -> None:
     assert not made.recorded
 
 
+def test_without_torchscript_functions_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, "_create_function_from_graph")
+    x = torch.ones(3)
+    assert not recorded(lambda: x.add_(1)).recorded
+    assert torch.equal(x, torch.full((3,), 1.0 + TO_RECORD))
+
+
 def test_large_results_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(1000)
     assert recorded(lambda: x.mul_(2 - x)).recorded

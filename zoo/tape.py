@@ -68,7 +68,7 @@ class Tape:
             self._program()
             return
         self._calls += 1
-        if self._calls == CALLS_BEFORE + 1 and not _has_compiled():
+        if self._calls == CALLS_BEFORE + 1 and _has_torchscript() and not _has_compiled():
             self._before = record(self._function)
         elif self._before is not None:
             again = record(self._function)
@@ -77,6 +77,11 @@ class Tape:
             self._before = None
         else:
             self._function()
+
+
+def _has_torchscript() -> bool:
+    """Whether this torch has what runs a recording; these two names are its own."""
+    return hasattr(torch._C, "Graph") and hasattr(torch._C, "_create_function_from_graph")
 
 
 def _has_compiled() -> bool:
