@@ -10,6 +10,28 @@ import triton.language as tl
 
 
 @triton.jit
+def askers(positions, t, Q, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """For the tokens t (BLOCK_T), how many of positions (Q) ask for each, and at which place, if it is one."""
+    count, place = tl.zeros([BLOCK_T], tl.int32), tl.zeros([BLOCK_T], tl.int32)
+    for start in range(0, Q, BLOCK_Q):
+        q = start + tl.arange(0, BLOCK_Q)
+        asks = t[:, None] == tl.load(positions + q, mask=q < Q, other=-1).to(tl.int32)[None, :]
+        count += tl.sum(asks.to(tl.int32), 1)
+        place += tl.sum(tl.where(asks, q[None, :], 0), 1)
+    return count, place
+
+
+@triton.jit
+def add_of_several(total, rows, positions, t, count, Q, column, D: tl.constexpr):
+    """total, and for tokens t that several of positions (Q) ask for, their rows (Q, D) in the order of Q."""
+    for q in range(Q):
+        asked = (count > 1) & (t == tl.load(positions + q))
+        row = tl.load(rows + q * D + column, mask=column < D, other=0.0).to(tl.float32)
+        total += tl.where(asked[:, None], row[None, :], 0.0)
+    return total
+
+
+@triton.jit
 def forward_kernel(
     x, branch, positions, y, T, Q, blocks, x_b, x_t, branch_b, branch_t,
     BRANCH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
@@ -36,20 +58,12 @@ def backward_kernel(
     sequence = (tl.program_id(0) // d_blocks // t_blocks).to(tl.int64)
     positions += sequence * Q
     dy += sequence * Q * D
-    count, place = tl.zeros([BLOCK_T], tl.int32), tl.zeros([BLOCK_T], tl.int32)
-    for start in range(0, Q, BLOCK_Q):
-        q = start + tl.arange(0, BLOCK_Q)
-        asks = t[:, None] == tl.load(positions + q, mask=q < Q, other=-1).to(tl.int32)[None, :]
-        count += tl.sum(asks.to(tl.int32), 1)
-        place += tl.sum(tl.where(asks, q[None, :], 0), 1)
+    count, place = askers(positions, t, Q, BLOCK_T, BLOCK_Q)
     inside = (column < D)[None, :]
     at = dy + place[:, None] * D + column[None, :]
     total = tl.load(at, mask=(count == 1)[:, None] & inside, other=0.0).to(tl.float32)
     if tl.max(count, 0) > 1:
-        for q in range(Q):
-            asked = (count > 1) & (t == tl.load(positions + q))
-            slope = tl.load(dy + q * D + column, mask=column < D, other=0.0).to(tl.float32)
-            total += tl.where(asked[:, None], slope[None, :], 0.0)
+        total = add_of_several(total, dy, positions, t, count, Q, column, D)
     at = (sequence * T + t)[:, None] * D + column[None, :]
     mask = (t < T)[:, None] & inside
     tl.store(dx + at, total.to(dx.dtype.element_ty), mask=mask)
