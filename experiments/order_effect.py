@@ -30,30 +30,22 @@ def order_effect(records: Sequence[Record], larger: bool | None = None) -> pd.Da
     largest_gap: of all the model's trials, whatever their learning rate, the gap of the one where it is largest. The
     published plot of the difference shows this one (jrt_plot.py of HazyResearch/prefix-linear-attention).
     """
-    by_key = {record.key: record for record in records}
-    every: dict[str, list[float]] = {}
-    for record in records:
-        if record.outcome is not None:
-            small, large = _by_order(record, larger)
-            every.setdefault(_model(record), []).append(small - large)
+    models = {record.key: json.dumps(record.trial["model"], sort_keys=True) for record in records}
+    orders = {record.key: _by_order(record, larger) for record in records if record.outcome is not None}
     rows = []
     for row in frontier_table(records).to_dict("records"):
-        chosen = [by_key[key] for key in row["keys"]]
-        if not chosen:
+        if not row["keys"]:
             continue
-        seeds = [_by_order(record, larger) for record in chosen]
+        seeds = [orders[key] for key in row["keys"]]
         gaps = [small - large for small, large in seeds]
         # t_interval is of fractions; a gap is in [-1, 1].
         low, high = (2 * bound - 1 for bound in t_interval([(1 + gap) / 2 for gap in gaps]))
         means = {"smaller_first": mean(s for s, _ in seeds), "larger_first": mean(s for _, s in seeds)}
         kept = {name: row[name] for name in ("family", "label", "state_bytes", "n", "trials")}
-        largest = max(every[_model(chosen[0])])
+        model = models[row["keys"][0]]
+        largest = max(small - large for key, (small, large) in orders.items() if models[key] == model)
         rows.append({**kept, **means, "gap": mean(gaps), "low": low, "high": high, "largest_gap": largest})
     return pd.DataFrame(rows).sort_values("state_bytes", ignore_index=True)
-
-
-def _model(record: Record) -> str:
-    return json.dumps(record.trial["model"], sort_keys=True)
 
 
 def _by_order(record: Record, larger: bool | None) -> tuple[float, float]:
