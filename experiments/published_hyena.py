@@ -52,7 +52,7 @@ class PublishedHyena(Hyena):
                     nn.init.normal_(module.weight, std=0.02)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
-            # One map a layer writes to the residual stream, in two layers.
-            nn.init.normal_(self.out_proj.weight, std=0.02 / 2**0.5)
+            # Their rule for what writes to the residual stream; it counts an MLP a layer, which they do not have.
+            nn.init.normal_(self.out_proj.weight, std=0.02 / (2 * layer.depth) ** 0.5)
             for parameter in self.filter.parameters():
                 parameter._no_weight_decay = False  # type: ignore[attr-defined]
