@@ -43,16 +43,18 @@ class RunningMean(Mixer):
     """h_t = h_{t-1} + W x_t; y_t = h_t / T."""
 
     class Config(Mixer.Config):
-        """behaviour: what goes wrong in `forward` until the file `cured` exists; exit_once: the first time, which makes
-        that file. seconds: that each forward takes."""
+        """behaviour: what goes wrong in `forward` (raise_in_init: before) until the file `cured` exists; exit_once: the
+        first time, which makes that file. seconds: that each forward takes."""
 
-        behaviour: Literal["good", "raise", "exit", "exit_once", "diverge"] = "good"
+        behaviour: Literal["good", "raise", "raise_in_init", "exit", "exit_once", "diverge"] = "good"
         cured: str = ""
         seconds: float = 0.0
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.project = nn.Linear(layer.d_model, layer.d_model)
+        if config.behaviour == "raise_in_init":
+            raise RuntimeError("this mixer cannot be built")
 
     def forward(self, x):
         time.sleep(self.config.seconds)

@@ -18,7 +18,7 @@ from zoo.config import Sweep
 from zoo.errors import ConfigError, PluginError, RecordError, UnsupportedError
 from zoo.executors import Job, Setting, execute, import_ray, start_ray
 from zoo.results import RunStore
-from zoo.sweep import plan_sweep, run_sweep
+from zoo.sweep import PlanWarning, plan_sweep, run_sweep
 
 pytestmark = pytest.mark.usefixtures("plugin")
 
@@ -154,6 +154,24 @@ def test_models_that_cannot_be_built_are_all_told_before_anything_runs(tmp_path)
     assert "d_model 6 is not divisible by num_heads 4" in str(caught.value)
     assert "d_model 8 is not divisible by num_heads 5" in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mixer_that_cannot_be_built_is_a_failed_trial_and_the_others_go_on(tmp_path):
+    trials = sweep(behaviour=["raise_in_init", "good"])
+    with pytest.warns(PlanWarning, match="running_mean d=8 .* will fail, .* RuntimeError: this mixer cannot be built"):
+        plan = plan_sweep(trials, tmp_path, every=True)
+    assert [p.will_run for p in plan] == [True, True]
+    with pytest.warns(PlanWarning):
+        summary = run(trials, tmp_path)
+    assert kinds(summary) == ["failed", "ok"]
+    assert summary.failed[0].failure.message == "this mixer cannot be built"
+
+
+def test_a_task_that_cannot_be_drawn_is_a_failed_trial(tmp_path):
+    data = grid()
+    data["data"]["train"] = [{"task": "first_token", "examples": 64, "vocab_size": [0, 8]}]
+    with pytest.warns(PlanWarning, match="will fail"):
+        assert kinds(run(Sweep.from_dict(data), tmp_path)) == ["failed", "ok"]
 
 
 def test_two_sweeps_cannot_write_to_one_run_folder(tmp_path):

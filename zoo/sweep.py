@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from statistics import median
 from typing import Literal, get_args
 
 from zoo.config import Sweep, Trial
-from zoo.errors import ConfigError, UnsupportedError
+from zoo.errors import ConfigError, UnsupportedError, ZooError
 from zoo.executors import InlineExecutor, Job, JobPack, Listener, RayExecutor, Setting, import_ray, machine_slots
 from zoo.progress import make_progress
 from zoo.record import Record
@@ -27,6 +28,10 @@ ExecutorName = Literal["auto", "ray", "inline"]
 
 GPU_PACK = 16
 """Trials that train together on a GPU, where memory allows and the grid has them."""
+
+
+class PlanWarning(UserWarning):
+    """A trial that will fail, for no fault of its settings."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,8 @@ def plan_sweep(
 ) -> list[PlannedTrial]:
     """What running `sweep` would do; nothing runs and nothing is written.
 
-    Builds each distinct model that will run (`every`: also the others) once, and estimates costs.
+    Builds each distinct model that will run (`every`: also the others) once, and estimates costs. One that raises is
+    named in a PlanWarning, and counts as one that will run and fail.
 
     Raises ConfigError that names every setting that cannot run.
     """
@@ -215,21 +221,32 @@ def make_packs(plan: Iterable[PlannedTrial], size: int, shard: tuple[int, int] =
 
 
 def _estimate(trials: list[Trial]) -> dict[str, Cost]:
-    """By key. Each distinct model and mixture is built once; the errors of all are raised together."""
+    """By key. Each distinct model and mixture is built once; the errors of all settings are raised together.
+
+    A mixer or task that raises by a fault of its own costs nothing: its trials fail when they run; the others go on.
+    """
     from zoo.train import validate
 
-    parameters: dict[str, int] = {}
+    parameters: dict[str, int | None] = {}
     errors: dict[str, None] = {}
     costs = {}
     for trial in trials:
         same = f"{trial.model.model_dump_json()} {trial.data.model_dump_json()} {trial.training.batch_size}"
         if same not in parameters:
+            parameters[same] = None
             try:
                 parameters[same] = validate(trial)
+                _cost(trial, 0)
             except ConfigError as error:
                 errors[f"{trial.label}: {error}"] = None
-                parameters[same] = 0
-        costs[trial.key] = _cost(trial, parameters[same])
+            except ZooError:
+                raise
+            except Exception as error:
+                parameters[same] = None
+                what = f"{trial.label} will fail, and the others go on: {type(error).__name__}: {error}"
+                warnings.warn(what, PlanWarning, stacklevel=3)
+        size = parameters[same]
+        costs[trial.key] = Cost(0, 0, 0.0) if size is None else _cost(trial, size)
     if errors:
         raise ConfigError("\n".join(errors))
     return costs
