@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
@@ -21,7 +21,7 @@ ENGINE_VERSION = 3
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class LayerConfig(_Config):
@@ -136,6 +136,9 @@ class DataConfig(_Config):
         return max(entry.options.length for entry in self.entries)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(_Config):
     """AdamW; weight decay on matrices only (not on norms, biases, or what a mixer exempts).
 
@@ -145,7 +148,7 @@ class OptimizerConfig(_Config):
 
     lr: float = Field(gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     schedule: Literal["cosine", "cosine_per_epoch", "constant"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     clip: float | None = Field(default=1.0, gt=0)
