@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,14 @@ def _inputs(shape: Shape, draw: Draw) -> dict[str, Any]:
     return inputs
 
 
+def _biased_inputs(shape: Shape, draw: Draw) -> dict[str, Any]:
+    """The same with steps before their softplus, as Mamba's projection gives them, and biases."""
+    inputs = _inputs(shape, draw)
+    inputs["dt"] = draw.normal(shape.B, shape.T, shape.H * shape.D)
+    inputs["dt_bias"] = (draw.normal(shape.H * shape.D).detach().float() - 4).requires_grad_()
+    return inputs
+
+
 def _least(shape: Shape, wide: int, narrow: int, operations: int) -> Cost:
     """`wide` sequences of H * D channels and `narrow` ones of N states; operations on each state at each step."""
     tokens, channels = shape.B * shape.T, shape.H * shape.D
@@ -37,17 +46,22 @@ def _configs(shape: Shape) -> dict[str, list[Config]]:
     return {f"selective_scan.{way}": [Config(*map(int, c.split())) for c in tried] for way in ("forward", "backward")}
 
 
-register(
-    Case(
-        name="selective_scan",
-        tolerance="selective_scan",
-        inputs=_inputs,
-        ours=partial(selective_scan, return_state=False, impl="triton"),
-        reference=partial(selective_scan, return_state=False, impl="chunked"),
-        torch=None,
-        forward=partial(_least, wide=4, narrow=2, operations=7),
-        both=partial(_least, wide=8, narrow=4, operations=28),
-        shapes=SHAPES,
-        configs=_configs,
+def _register(name: str, inputs: Callable[[Shape, Draw], dict[str, Any]]) -> None:
+    register(
+        Case(
+            name=name,
+            tolerance="selective_scan",
+            inputs=inputs,
+            ours=partial(selective_scan, return_state=False, impl="triton"),
+            reference=partial(selective_scan, return_state=False, impl="chunked"),
+            torch=None,
+            forward=partial(_least, wide=4, narrow=2, operations=7),
+            both=partial(_least, wide=8, narrow=4, operations=28),
+            shapes=SHAPES,
+            configs=_configs,
+        )
     )
-)
+
+
+_register("selective_scan", _inputs)
+_register("selective_scan.bias", _biased_inputs)
