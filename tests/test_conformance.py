@@ -150,6 +150,12 @@ def test_what_cannot_be_built_is_one_finding():
     assert check.detail.startswith("crashed: RuntimeError: no weights here (at broken_mixers.py:")
 
 
+def test_a_mixer_without_a_recurrent_form_is_one_finding_that_says_what_to_define():
+    (check,) = check_mixer(broken.HasNoRecurrentForm, d_model=16)
+    assert (check.name, check.passed) == ("builds", False)
+    assert check.detail.startswith("HasNoRecurrentForm does not define init_state and step; a mixer needs")
+
+
 def test_wrong_subjects_and_options_are_the_callers_errors():
     with pytest.raises(PluginError, match=r"<class 'int'> is not a subclass of zoo.Mixer"):
         check_mixer(int)

@@ -24,6 +24,7 @@ from zoo.mixers import LayerInfo, Mixer
 from zoo.model import Model, build_model
 from zoo.optimizer import Moments, OneByOne, Stacked, decayed
 from zoo.pack import Pack
+from zoo.state import State
 from zoo.sweep import make_packs, parse_shard, plan_sweep, run_sweep
 from zoo.train import run_pack, run_trial
 
@@ -66,6 +67,13 @@ class Plain(Mixer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.silu(self.mix(x) * self.scale).cumsum(1) / torch.arange(1, 1 + x.shape[1])[:, None]
+
+    def init_state(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.scale.new_zeros(batch_size, len(self.scale)), self.scale.new_zeros(batch_size, 1)
+
+    def step(self, x_t: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+        total, count = state[0] + F.silu(self.mix(x_t) * self.scale), state[1] + 1
+        return total / count, (total, count)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, ConformanceError
 from zoo.state import State
 
 
@@ -41,6 +41,8 @@ class Mixer(nn.Module):
     Subclasses define a nested `Config`, `forward`, `init_state` and `step`; `prefill` has a slow default. Nothing but
     the state may carry memory from one position to the next: no buffers, no attributes, no global.
     Initialise parameters in `__init__`, from torch's default generator: the model seeds it.
+
+    Raises ConformanceError when one of the three is not defined: without `step` a trial would end after its training.
     """
 
     class Config(MixerConfig):
@@ -53,6 +55,14 @@ class Mixer(nn.Module):
     layer: LayerInfo
 
     def __init__(self, config: MixerConfig, layer: LayerInfo) -> None:
+        missing = [
+            name for name in ("forward", "init_state", "step") if getattr(type(self), name) is getattr(Mixer, name)
+        ]
+        if missing:
+            raise ConformanceError(
+                f"{type(self).__name__} does not define {' and '.join(missing)}; a mixer needs its parallel form, "
+                "forward(x), and its recurrent form, init_state(batch_size) and step(x_t, state)."
+            )
         super().__init__()
         self.config = config
         self.layer = layer
