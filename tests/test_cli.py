@@ -162,6 +162,23 @@ def test_an_error_is_a_message_on_stderr_and_exit_status_2(grid_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_that_cannot_be_written_is_a_message_and_exit_status_2(finished, grid_file, tmp_path):
+    folder, _ = finished
+    (tmp_path / "file").touch()
+    for command in (
+        ["plot", folder, "-o", tmp_path / "file" / "figure"],
+        ["export", folder, "-o", tmp_path / "file" / "table.csv"],
+        ["report", folder, "-o", tmp_path / "file" / "page.html"],
+        ["sweep", grid_file, "--plugin", PLUGIN, "--run", tmp_path / "file" / "run"],
+    ):
+        result = run(*command)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"zoo: {tmp_path / 'file'}")
+        assert "Not a directory" in result.stderr or "File exists" in result.stderr
+        with pytest.raises(OSError, match=r"Not a directory|File exists"):
+            run(*command, "--debug")
+
+
 def test_a_syntax_error_names_its_line(tmp_path):
     (tmp_path / "bad.yaml").write_text("name: x\nmodel: {d_model: [8\n")
     result = run("sweep", tmp_path / "bad.yaml")

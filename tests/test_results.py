@@ -168,8 +168,15 @@ def test_the_reference_comes_with_the_package(tmp_path, monkeypatch):
     assert all(record.provenance.git and "H200" in record.provenance.device for record in reference)
     assert all(record.outcome.agreement.same_answers > 0.99 for record in reference)
     assert set(RunStore(f"{REFERENCE}/based_figure2").keys()) <= {record.key for record in reference}
-    with pytest.raises(RecordError, match="'reference/based_figure3' is no run folder"):
+    with pytest.raises(
+        RecordError, match=r"'reference/based_figure3' is no run folder.*Did you mean 'reference/based_figure2'"
+    ):
         RunStore(f"{REFERENCE}/based_figure3")
+    for name in (REFERENCE, f"{REFERENCE}/based_figure2"):
+        before = sorted(RunStore(name).path.rglob("*"))
+        with pytest.raises(RecordError, match="comes with the package and is not written to"):
+            RunStore(name).compact()
+        assert sorted(RunStore(name).path.rglob("*")) == before
     (tmp_path / REFERENCE).mkdir()
     with pytest.raises(RecordError, match="no run folder"):
         RunStore(REFERENCE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -39,7 +40,8 @@ class _Command(click.Command):
 
 
 class _Zoo(click.Group):
-    """A group whose ZooErrors end with their message and exit status 2, and that suggests the nearest command."""
+    """A group whose ZooErrors, and files that cannot be read or written, end with a message and exit status 2, and that
+    suggests the nearest command."""
 
     command_class = _Command
 
@@ -50,6 +52,13 @@ class _Zoo(click.Group):
             if ctx.meta.get("zoo.debug"):
                 raise
             click.echo(f"zoo: {error}", err=True)
+            ctx.exit(2)
+        except OSError as error:
+            # A pipe whose reader has ended is click's; without a number it is no file's fault.
+            if ctx.meta.get("zoo.debug") or error.errno in (None, errno.EPIPE):
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            click.echo(f"zoo: {place}{error.strerror}; --debug says where that happened.", err=True)
             ctx.exit(2)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:

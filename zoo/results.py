@@ -39,15 +39,16 @@ class RunStore:
 
     def __init__(self, path: str | Path, create: bool = False) -> None:
         self.path = Path(path)
-        if not create and is_reference(path):
+        self.packaged = not create and is_reference(path)
+        if self.packaged:
             self.path = Path(str(resources.files("zoo").joinpath("data", *self.path.parts)))
         self.records = self.path / "records"
         self.archive = self.path / ARCHIVE
         if create:
             self.records.mkdir(parents=True, exist_ok=True)
         elif not is_run(self.path):
-            parent = self.path.parent
-            runs = [str(p.parent) for p in sorted(parent.glob("*/records"))] if parent.is_dir() else []
+            given, parent = Path(path), self.path.parent
+            runs = [str(given.parent / p.name) for p in sorted(parent.glob("*")) if is_run(p)]
             raise RecordError(
                 f"{str(path)!r} is no run folder (it has no records/).{did_you_mean(str(path), runs)} "
                 "`zoo sweep FILE --run FOLDER` makes one."
@@ -138,8 +139,13 @@ class RunStore:
         """Move every record into the archive, with copies of `others`; returns how many it then holds.
 
         The files are removed when the archive has been read back and is the same. Of two records of one trial the one
-        of `load_runs` stays.
+        of `load_runs` stays. Raises RecordError for the package's own runs, which are compact as they are.
         """
+        if self.packaged:
+            raise RecordError(
+                f"{str(self.path)!r} comes with the package and is not written to; name a folder of your own, and the "
+                f"run after it: `zoo compact FOLDER {REFERENCE}`."
+            )
         with self.lock():
             kept = best_of([*self.load(), *others])
             _write_durably(self.archive, pack_records(kept))
