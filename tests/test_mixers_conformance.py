@@ -52,3 +52,4 @@ def test_every_option_is_described_and_the_mixer_cites_its_source(name):
     cls = get_mixer(name)
     assert [field for field, info in cls.Config.model_fields.items() if not info.description] == []
     assert "arXiv" in cls.__doc__
+    assert cls.__doc__.partition("\n")[0].endswith("."), "`zoo list` shows the first line alone"

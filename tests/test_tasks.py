@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -412,6 +413,7 @@ def test_any_task_can_be_shown():
     batch = task.sample(1, 0, "train")
     text = render(task, 1)
     assert "context: the first 4 tokens; 7>9 asks for an answer at token 7, and 9 is right" in text
+    assert "context: none; 7>9 asks" in task.describe(replace(batch, context_len=0), 0)
     rows = [line.split() for line in text.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["0", "16"]
     cells = rows[0][1:] + rows[1][1:]

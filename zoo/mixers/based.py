@@ -13,12 +13,12 @@ from zoo.mixers.recurrent import RecurrentMixer
 
 
 class Based(RecurrentMixer):
-    """y_t = W_o [sum_{s <= t} w_ts v_s / (sum_{s <= t} w_ts + eps)] per head, w_ts = 1 + a_ts + a_ts^2 / 2 with
-    a_ts = q_t.k_s / sqrt(K) (arXiv 2402.18668, section 4.1 and eq. 4).
+    """y_t = W_o [sum_{s <= t} w_ts v_s / (sum_{s <= t} w_ts + eps)] per head (arXiv 2402.18668, section 4.1 and eq. 4).
 
-    As a recurrence its state holds F = 1 + K + K(K+1)/2 features by (V + 1) numbers for each head: K is the dial. The
-    whole architecture alternates it with `sliding_window` and `gated_conv` layers. q, k and v are linear in x_t,
-    without biases, and positions are not rotated. Weights start as N(0, 0.02^2), as in the published MQAR runs.
+    w_ts = 1 + a_ts + a_ts^2 / 2, a_ts = q_t.k_s / sqrt(K). As a recurrence its state holds F = 1 + K + K(K+1)/2
+    features by (V + 1) numbers for each head: K is the dial. The whole architecture alternates it with
+    `sliding_window` and `gated_conv` layers. q, k and v are linear in x_t, without biases, and positions are not
+    rotated. Weights start as N(0, 0.02^2), as in the published MQAR runs.
     """
 
     class Config(RecurrentMixer.Config):

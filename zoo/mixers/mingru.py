@@ -21,7 +21,7 @@ class MinGRUState(NamedTuple):
 
 
 class MinGRU(RecurrentMixer):
-    """h_t = (1 - z_t) h_{t-1} + z_t c_t,   z = sigmoid(W_z x),   c = W_c x;   y = W_o h       (arXiv 2410.01201, 3.1)
+    """h_t = (1 - z_t) h_{t-1} + z_t c_t, z = sigmoid(W_z x), c = W_c x, y = W_o h (arXiv 2410.01201, section 3.1).
 
     E = expand * d_model channels. As a selective scan: 1 - z = exp(-dt) with dt = softplus(W_z x), A = -1, one state a
     channel. Initialised by torch's defaults.

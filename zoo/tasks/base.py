@@ -79,7 +79,8 @@ class Task(BaseModel):
             f"{token}>{asked[t]}" if t in asked else str(token) for t, token in enumerate(batch.tokens[i].tolist())
         ]
         wide = max(map(len, cells))
-        lines = [f"context: the first {batch.context_len} tokens; 7>9 asks for an answer at token 7, and 9 is right"]
+        context = f"the first {batch.context_len} tokens" if batch.context_len else "none"
+        lines = [f"context: {context}; 7>9 asks for an answer at token 7, and 9 is right"]
         for t in range(0, len(cells), 16):
             lines.append(f"{t:>5}  " + " ".join(f"{cell:>{wide}}" for cell in cells[t : t + 16]))
         return "\n".join(lines)
