@@ -17,8 +17,9 @@ from zoo.config import Sweep
 from zoo.errors import PluginError, UnknownNameError
 from zoo.mixers import Mixer, mixers
 from zoo.registry import Registry, load_file
+from zoo.results import RunStore
 from zoo.tasks import tasks
-from zoo.testing import check_mixer, render
+from zoo.testing import check_mixer, check_task, render
 from zoo.train import run_trial
 
 ROOT = Path(__file__).parent.parent
@@ -362,6 +363,28 @@ def test_unknown_names_get_the_nearest(fresh):
 
 
 # What the documentation shows.
+
+
+def test_the_documented_task_keeps_the_contract(tmp_path):
+    (source,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/add_a_task.md").read_text(), flags=re.M | re.S)
+    (tmp_path / "documented.py").write_text(source)
+    checks = check_task(f"{tmp_path / 'documented.py'}:LookBack")
+    assert all(c.passed for c in checks), render(checks)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/sweeps.md"])
+def test_the_documented_grid_loads(tmp_path, page):
+    (source,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
+    (tmp_path / "grid.yaml").write_text(source)
+    assert len(Sweep.load(tmp_path / "grid.yaml").trials) == {"README.md": 30, "docs/sweeps.md": 72}[page]
+
+
+def test_the_documented_trials_of_the_reference_are_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pages = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    keys = [key for page in pages for key in re.findall(r"zoo inspect reference\S* ([0-9a-f]{4,})", page)]
+    assert keys
+    assert all(RunStore("reference").get(key).status == "ok" for key in keys)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/add_a_mixer.md"])
