@@ -31,7 +31,7 @@ def order_effect(records: Sequence[Record], larger: bool | None = None) -> pd.Da
     published plot of the difference shows this one (jrt_plot.py of HazyResearch/prefix-linear-attention).
     """
     models = {record.key: json.dumps(record.trial["model"], sort_keys=True) for record in records}
-    orders = {record.key: _by_order(record, larger) for record in records if record.outcome is not None}
+    orders = {record.key: _by_order(record, larger) for record in records if record.status == "ok"}
     rows = []
     for row in frontier_table(records).to_dict("records"):
         if not row["keys"]:
@@ -78,9 +78,12 @@ SIZES = {"all sizes": None, "as trained on": False, "larger than trained on": Tr
 
 
 def main(run: str, figure: str | None = None) -> None:
+    records = [record for record in load_runs([run]) if _is_of_sets(record)]
+    if not records:
+        sys.exit(f"{run} has no trial on set_disjointness.")
     fig, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     axes[2].sharey(axes[1])
-    settings = sorted(split_by_data(load_runs([run])).items(), key=lambda setting: _passes(setting[1]))
+    settings = sorted(split_by_data(records).items(), key=lambda setting: _passes(setting[1]))
     for line, (title, records) in zip(("-", "--", ":"), settings, strict=False):
         passes = _passes(records)
         frames = {name: order_effect(records, larger) for name, larger in SIZES.items()}
@@ -116,6 +119,11 @@ def main(run: str, figure: str | None = None) -> None:
         ax.legend(fontsize=8)
     if figure is not None:
         fig.savefig(figure, dpi=150)
+
+
+def _is_of_sets(record: Record) -> bool:
+    data = record.trial["data"]
+    return all(entry["task"] == "set_disjointness" for entry in (*data["train"], *data["test"]))
 
 
 def _passes(records: Sequence[Record]) -> int:

@@ -61,11 +61,24 @@ def test_the_largest_gap_is_of_any_trial_and_the_sizes_can_be_told_apart(script)
 
 
 def test_the_script_draws_and_prints(script, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        script,
-        "load_runs",
-        lambda runs: [record(0, (0.9, 0.4, 0.7, 0.0, 0.5, 0.5), sizes=(*SIZES, (4, 64, "a"), (64, 4, "a")))],
-    )
+    sets = record(0, (0.9, 0.4, 0.7, 0.0, 0.5, 0.5), sizes=(*SIZES, (4, 64, "a"), (64, 4, "a")))
+    monkeypatch.setattr(script, "load_runs", lambda runs: [make_record(make_trial()), sets])
     script.main("run", str(tmp_path / "figure.png"))
-    assert "+0.400" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "+0.400" in printed
+    assert "mqar" not in printed
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_a_diverged_trial_has_no_gap(script):
+    other = record(0, (0.0,) * 4, lr=1e-2)
+    outcome = other.outcome.model_copy(update={"status": "diverged", "test": ()})
+    diverged = other.model_copy(update={"status": "diverged", "outcome": outcome})
+    (row,) = script.order_effect([record(0, (0.9, 0.4, 0.7, 0.0)), diverged]).to_dict("records")
+    assert (row["trials"], row["largest_gap"]) == (2, row["gap"])
+
+
+def test_a_run_without_sets_is_told(script, monkeypatch):
+    monkeypatch.setattr(script, "load_runs", lambda runs: [make_record(make_trial())])
+    with pytest.raises(SystemExit, match="run has no trial on set_disjointness"):
+        script.main("run")
