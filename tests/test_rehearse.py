@@ -6,8 +6,10 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from sweep_cases import PLUGIN, plugin, sweep  # noqa: F401
 from test_train import trial
 
 from zoo.executors import Job, Setting
@@ -22,11 +24,17 @@ def test_a_rehearsal_runs_all_of_a_pack_and_raises_what_it_would() -> None:
         rehearse((Job("0" * 64, "broken", broken, {}),), Setting())
 
 
-def test_a_process_goes_on_after_a_pack_that_fails() -> None:
+@pytest.mark.usefixtures("plugin")
+def test_a_process_goes_on_after_a_pack_that_fails(tmp_path: Path) -> None:
     broken = Job("0" * 64, "broken", {}, {})
-    work = pickle.dumps(([(broken,), (Job.of(trial()),)], Setting()))
+    (last,) = sweep(behaviour="exit_once", cured=str(tmp_path / "ran")).trials
+    work = pickle.dumps(([(broken,), (Job.of(last),)], Setting(plugins=(PLUGIN,))))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-m", "zoo.rehearse"], input=work, env=environment, check=True, timeout=120)
+    command = [sys.executable, "-m", "zoo.rehearse"]
+    ended = subprocess.run(command, input=work, env=environment, check=False, timeout=120)
+    # The last pack ends the process, in a way of its own.
+    assert ended.returncode == 7
+    assert (tmp_path / "ran").exists()
 
 
 def test_a_cpu_has_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
