@@ -18,6 +18,7 @@ from synthetic_records import make_record, make_trial, make_zoo
 
 from zoo.errors import ConfigError
 from zoo.frontier import by_slice, frontier_table, split_by_data
+from zoo.mixers import mixers
 from zoo.placement import Label, place
 from zoo.plot import (
     OTHER_COLOURS,
@@ -70,6 +71,10 @@ def luminance(colour):
 
 def lightness(colour):
     return 116 * luminance(colour) ** (1 / 3) - 16
+
+
+def test_every_built_in_mixer_has_a_style_and_no_other():
+    assert set(mixers._builtins) == {part for family in STYLES for part in family.split("+")}
 
 
 def test_families_differ_in_grey():

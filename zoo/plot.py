@@ -42,7 +42,6 @@ STYLES = {
     "based+sliding_window": Style("BASED + window", "#0a2a5c", "P"),
     "retnet": Style("RetNet", "#3f9fb8", "v"),
     "gla": Style("GLA", "#14687d", "^"),
-    "hgrn2": Style("HGRN2", "#0d4a52", "<"),
     "delta_net": Style("DeltaNet", "#3fa06f", "D"),
     "gated_delta_net": Style("Gated DeltaNet", "#00603a", "p"),
     "mamba": Style("Mamba", "#e0701a", "^"),

@@ -89,21 +89,6 @@ class Task(BaseModel):
         """Fewest bits of state with which a causal model can reach `accuracy`, or None when no bound is known."""
         return None
 
-    def accuracy_limit(self, bits: float) -> float | None:
-        """The highest accuracy that `bits` of state allow: the inverse of `information_limit_bits`, to 1e-12."""
-        if self.information_limit_bits(1.0) is None:
-            return None
-        low, high = 0.0, 1.0
-        if (self.information_limit_bits(high) or 0.0) <= bits:
-            return high
-        for _ in range(40):
-            middle = (low + high) / 2
-            if (self.information_limit_bits(middle) or 0.0) <= bits:
-                low = middle
-            else:
-                high = middle
-        return low
-
     def sample(self, n: int, seed: int, split: Split, start: int = 0) -> Batch:
         """Examples start .. start + n - 1 of a stream: a pure function of (task, seed, split, index).
 
