@@ -299,6 +299,8 @@ def test_hypervolume_by_hand():
     assert hypervolume([2, 8], [0.5, 1.0], (16, 0.0)) == pytest.approx(2 * 0.5 + 1 * 1.0)
     assert hypervolume([32], [1.0], (16, 0.0)) == 0.0
     assert hypervolume([2], [0.1], (16, 0.2)) == 0.0
+    # No state counts as one byte.
+    assert hypervolume([0, 8], [0.25, 1.0], (16, 0.0)) == pytest.approx(3 * 0.25 + 1 * 1.0)
 
 
 def test_hypervolumes_by_family():
@@ -313,6 +315,12 @@ def test_hypervolumes_by_family():
     found = dict(zip(frame["family"], frame["hypervolume"], strict=True))
     assert found == pytest.approx({"all": 0.5 + 0.75 + 1.0, "based": 2 * 0.5 + 1.0, "mamba": 2 * 0.75})
     assert list(frame["family"]) == ["all", "based", "mamba"]
+
+
+def test_hypervolumes_without_any_state():
+    frame = hypervolumes(frontier_table([make_record(test=0.5, state_bytes=0)]))
+    assert frame.attrs["reference"] == (2.0, 0.0)
+    assert list(frame["hypervolume"]) == [0.5, 0.5]
 
 
 def test_both_frontiers():

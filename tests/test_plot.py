@@ -125,6 +125,16 @@ def test_every_mean_every_seed_and_every_overlay_point_is_drawn(zoo_frontier, zo
     assert ax.get_ylim()[0] < 0 < 1 < ax.get_ylim()[1]
 
 
+@pytest.mark.parametrize(("sizes", "left"), [((0, 4096), 2048.0), ((0,), 1.0)])
+def test_a_model_without_state_stands_at_the_left(sizes, left):
+    records = [make_record(make_trial("based", {"feature_dim": size}), state_bytes=size, test=0.5) for size in sizes]
+    fig = figure(frontier_table(records))
+    (ax,) = fig.axes
+    assert {(left, 0.5), *((size, 0.5) for size in sizes if size)} <= drawn_points(ax)
+    assert ax.get_xlim()[0] < left
+    assert "leftmost: no state" in " ".join(text.get_text() for text in fig.texts)
+
+
 def test_the_grey_steps_are_the_frontier(zoo_frontier):
     (ax,) = figure(zoo_frontier).axes
     xs, ys = max((line.get_data() for line in ax.lines), key=lambda data: len(data[0]))

@@ -325,10 +325,11 @@ def staircase(state_bytes: ArrayLike, accuracy: ArrayLike) -> tuple[NDArray[np.f
 def hypervolume(state_bytes: ArrayLike, accuracy: ArrayLike, reference: tuple[float, float]) -> float:
     """The area under the staircase, in doublings of state x accuracy, within the reference point (bytes, accuracy).
 
-    A point counts from its state up to the reference's bytes, and from the reference's accuracy up to its own.
+    A point counts from its state up to the reference's bytes, and from the reference's accuracy up to its own. No state
+    counts as one byte.
     """
     end, floor = math.log2(reference[0]), reference[1]
-    xs, ys = staircase(state_bytes, accuracy)
+    xs, ys = staircase(np.maximum(np.asarray(state_bytes, dtype=float), 1), accuracy)
     area, best, at = 0.0, floor, end
     for x, y in zip(np.log2(xs), ys, strict=True):
         if x >= end:
@@ -347,7 +348,7 @@ def hypervolumes(frontier: pd.DataFrame, reference: tuple[float, float] | None =
 
     ok = frontier[frontier["status"] == "ok"]
     if reference is None:
-        reference = (2.0 ** (math.floor(math.log2(ok["state_bytes"].max())) + 1) if len(ok) else 1.0, 0.0)
+        reference = (2.0 ** (math.floor(math.log2(max([1, *ok["state_bytes"]]))) + 1) if len(ok) else 1.0, 0.0)
     groups = [("all", ok), *((name, ok[ok["family"] == name]) for name in sorted(ok["family"].unique()))]
     rows = [(name, len(members), hypervolume(*_xy(members), reference)) for name, members in groups if len(members)]
     rows.sort(key=lambda row: row[2], reverse=True)

@@ -187,7 +187,8 @@ def figure(
     """Draw a `frontier_table`, or several (`by_slice`, `split_by_data`) as small multiples under their names.
 
     overlay: see `read_overlay`. limit: see `zoo.frontier.information_limit`; a line, or a remark when it is
-    left of all points. steps: a family's line is the staircase of its Pareto points instead of joining them.
+    left of all points. steps: a family's line is the staircase of its Pareto points instead of joining them. A model
+    without state stands at the left, at half the least state: a log axis has no zero.
     Raises ConfigError when no model has a point, or when several frontiers are given with an overlay or a limit.
     """
     import matplotlib
@@ -199,6 +200,7 @@ def figure(
         raise ConfigError("an overlay or a limit belongs to one data setting; plot the panels one by one.")
     if not any((panel["status"] == "ok").any() for panel in panels.values()):
         raise ConfigError("no model has an accuracy to plot: every trial failed or diverged; see `zoo table`.")
+    panels = _off_zero(panels, overlay)
     columns = math.ceil(len(panels) ** 0.5) if len(panels) != 3 else 3
     rows = math.ceil(len(panels) / columns)
     single = len(panels) == 1
@@ -237,6 +239,16 @@ def figure(
     return fig
 
 
+def _off_zero(panels: dict[str, pd.DataFrame], overlay: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
+    sizes = {name: panel["state_bytes"].to_numpy(dtype=float, na_value=math.nan) for name, panel in panels.items()}
+    known = np.concatenate([*sizes.values(), [] if overlay is None else overlay["bytes"]])
+    left = np.min(known[known > 0], initial=math.inf) / 2
+    left = left if left < math.inf else 1.0
+    return {
+        name: panel.assign(state_bytes=np.where(sizes[name] == 0, left, sizes[name])) for name, panel in panels.items()
+    }
+
+
 def _caption(panels: list[pd.DataFrame], overlay: pd.DataFrame | None, remark: str | None, columns: int) -> str:
     seeds = max(int(panel["n"].max()) for panel in panels)
     several = ["marker: mean over seeds", "pale: one seed", f"bar: {COVERAGE:.0%} t interval"]
@@ -244,6 +256,8 @@ def _caption(panels: list[pd.DataFrame], overlay: pd.DataFrame | None, remark: s
     parts.append("grey steps: Pareto frontier of all")
     if any(panel["grows"].any() for panel in panels):
         parts.append("dotted: state grows with T")
+    if any((panel["state_elements"] == 0).any() for panel in panels):
+        parts.append("leftmost: no state")
     if overlay is not None:
         parts.append(f"hollow: {overlay.attrs.get('name', 'overlay')}")
     if remark is not None:
