@@ -365,6 +365,12 @@ def test_unknown_names_get_the_nearest(fresh):
 # What the documentation shows.
 
 
+def test_the_readme_names_every_built_in():
+    (named,) = re.findall(r"^Mixers: (.*?)\. Tasks: (.*?)\. ", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    for text, registry in zip(named, (mixers, tasks), strict=True):
+        assert re.findall(r"`(\w+)`", text) == sorted(registry._builtins)
+
+
 def test_the_documented_task_keeps_the_contract(tmp_path):
     (source,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/add_a_task.md").read_text(), flags=re.M | re.S)
     (tmp_path / "documented.py").write_text(source)
