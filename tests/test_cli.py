@@ -99,6 +99,8 @@ def test_a_dry_run_prints_trials_and_cost_and_runs_nothing(grid_file, tmp_path, 
     result = sweep(grid_file, folder, "--dry-run", "optimizer.lr=0.001,0.01,0.1")
     assert "6 trials: 4 have a record in" in result.stdout
     assert "on one slot, as finished trials of the same family took." in result.stdout
+    result = sweep(grid_file, tmp_path / "run", "--dry-run", "--known", folder)
+    assert f"4 trials: 4 have a record in {tmp_path / 'run'} or {folder}, 0 to run." in result.stdout
 
 
 def test_a_failed_trial_makes_the_exit_status_1_until_it_is_retried(tmp_path):

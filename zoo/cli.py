@@ -160,7 +160,9 @@ def sweep(
     name = trials.name if part == (1, 1) else f"{trials.name}-{part[0]}-of-{part[1]}"
     run = Path(run_dir) if run_dir else Path("runs") / name
     if dry_run:
-        click.echo(plan_text(plan_sweep(trials, run, known=known, retry_failed=retry_failed, every=True), run))
+        click.echo(
+            plan_text(plan_sweep(trials, run, known=known, retry_failed=retry_failed, every=True), [run, *known])
+        )
         return
     summary = run_sweep(
         trials,

@@ -26,8 +26,8 @@ def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
     )
 
 
-def plan_text(plan: Sequence[PlannedTrial], run: Path) -> str:
-    """The trials of a sweep, what each would cost, and their sum."""
+def plan_text(plan: Sequence[PlannedTrial], runs: Sequence[Path | str]) -> str:
+    """The trials of a sweep, what each would cost, and their sum. runs: where their records may be."""
     rows = [["key", "trial", "record", "parameters", "tokens", "FLOPs", "seconds"]]
     for p in plan:
         status = "run again" if p.will_run and p.record else p.record.status if p.record else "-"
@@ -39,7 +39,8 @@ def plan_text(plan: Sequence[PlannedTrial], run: Path) -> str:
     flops = sum(p.cost.flops for p in due if p.cost)
     lines = [
         aligned(rows, right=range(3, 7)),
-        f"{len(plan)} trials: {len(plan) - len(due)} have a record in {run}, {len(due)} to run.",
+        f"{len(plan)} trials: {len(plan) - len(due)} have a record in {' or '.join(map(str, runs))}, "
+        f"{len(due)} to run.",
     ]
     if due:
         lines.append(f"To run, without early stops: {tokens:.3g} training tokens, {flops:.3g} matmul FLOPs.")
