@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels.early import kernel, wait_for_earlier
+
 # Numbers that a program has on their way at a time, and the most parts that these are of.
 LOADED = 8192
 MOST_PARTS = 1024
@@ -32,9 +34,10 @@ def sum_all(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return sums
 
 
-@triton.jit
+@kernel
 def sum_kernel(parts, sums, groups, numbers, sizes, N: tl.constexpr, ROWS: tl.constexpr, LOADED: tl.constexpr):
     """One program a tensor, group and LOADED / ROWS[i] sums, of ROWS[i] parts at a time."""
+    wait_for_earlier()
     program = tl.program_id(0)
     for i in tl.static_range(N):
         programs = groups[i] * tl.cdiv(sizes[i], LOADED // ROWS[i])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
+
 SOFTPLUS, LOGSIGMOID, SIGMOID, EXP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
@@ -22,11 +24,12 @@ def softplus(u):
     return tl.maximum(u, 0.0) + tl.where(total == 1, e, tl.log(total) * (e / tl.where(total == 1, 1.0, total - 1)))
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x, bias, y, M, steps, parts, scale, x_g, x_m,
     KIND: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier()
     group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     column = tl.arange(0, BLOCK_D)
     b_bias = tl.load(bias + group * D + column, mask=column < D, other=0.0).to(tl.float32)
@@ -45,12 +48,13 @@ def forward_kernel(
         tl.store(y + ((group.to(tl.int64) * M + token) * D)[:, None] + column[None, :], out * scale, mask=mask)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     x, bias, dy, dx, sums, M, steps, parts, scale, x_g, x_m, dy_g, dy_m,
     KIND: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """sums (groups, parts, D): the gradient of the bias, summed over a program's rows."""
+    wait_for_earlier()
     group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     column = tl.arange(0, BLOCK_D)
     b_bias = tl.load(bias + group * D + column, mask=column < D, other=0.0).to(tl.float32)

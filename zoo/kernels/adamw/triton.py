@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.launch import check_launch
 
 BLOCK, STEPS = 1024, 2
@@ -37,12 +38,13 @@ def adamw(
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def adamw_kernel(
     parameters, gradients, means, squares, sizes, decayed, rates, decays, remaining, scales, members, beta1, beta2, eps,
     N: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program a stack, member and STEPS times BLOCK parameters, which take longer than to find the stack."""
+    wait_for_earlier()
     # Addresses as numbers, of the stack that this program's number falls into.
     program, size, has_decay = tl.program_id(0), 0, 0
     nowhere = tl.cast(0, tl.int64)

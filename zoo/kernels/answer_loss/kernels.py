@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.tiles import LOG2E, load_rows, store_rows
 
 
@@ -33,7 +34,7 @@ def add_slopes(total, slope, b_y, PRECISION: tl.constexpr):
     return tl.dot(slope.to(b_y.dtype), b_y, total, input_precision=PRECISION)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     hidden, weight, answers, largest, total, best, pull, M, V, part, steps, parts,
     hidden_g, hidden_m, weight_g, weight_v,
@@ -46,6 +47,7 @@ def forward_kernel(
     GRADIENT: pull (parts, groups, M, D) is the sum of exp(logit - largest) weight over all tokens but the answer.
     EVEN: COLUMNS divides V.
     """
+    wait_for_earlier()
     blocks = tl.cdiv(M, ROWS)
     strips: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D if GRADIENT else 1
     strip = tl.program_id(0) % strips
@@ -97,7 +99,7 @@ def forward_kernel(
         store_rows(pull, b_pull, at, D, m < M, strip * BLOCK_D + d, D, BLOCK_D)
 
 
-@triton.jit
+@kernel
 def combine_kernel(
     hidden, weight, largest, total, best, pull, answers, loss, log_sum, prediction, slope, M, part, parts,
     hidden_g, hidden_m, weight_g, weight_v,
@@ -108,6 +110,7 @@ def combine_kernel(
 
     GRADIENT: slope (groups, M, D) is the gradient of the loss with respect to hidden.
     """
+    wait_for_earlier()
     at = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
     live = at < part
     answer = tl.load(answers + at, mask=live, other=-1)
@@ -161,7 +164,7 @@ def combine_kernel(
             store_rows(slope, b_slope, at, D, live, d, D, BLOCK_D)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     hidden, weight, answers, log_sum, dloss, dweight, M, V, groups, steps, parts,
     hidden_g, hidden_m, weight_g, weight_v, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -171,6 +174,7 @@ def backward_kernel(
 
     dweight (parts, groups, V, D), parts to be summed. EVEN: COLUMNS divides M.
     """
+    wait_for_earlier()
     strips: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     strip = tl.program_id(0) % strips
     program = tl.program_id(0) // strips
@@ -206,9 +210,10 @@ def backward_kernel(
     store_rows(dweight, total, at.to(tl.int64), D, v < V, strip * BLOCK_D + d, D, BLOCK_D)
 
 
-@triton.jit
+@kernel
 def scale_kernel(slope, dloss, out, M, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
     """out (M, D) = dloss (M) slope (M, D)."""
+    wait_for_earlier()
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     mask = (row < M)[:, None] & (column < D)[None, :]
     at = row.to(tl.int64)[:, None] * D + column[None, :]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.tiles import LOG2E, load_rows, store_rows
 
 
@@ -31,12 +32,13 @@ def _scores(rows, columns, n, m, window, scale, PRECISION: tl.constexpr):
     return tl.where((m <= n) & (m > n - window), scores, float("-inf"))
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     q, k, v, o, log_sum, T, H, window, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o, and log_sum in units of log2, of BLOCK queries."""
+    wait_for_earlier()
     block, first, q, k, v = _place(q, k, v, T, H, q_b, q_h, k_b, k_h, v_b, v_h, BLOCK)
     within, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
     n = block * BLOCK + within
@@ -61,12 +63,13 @@ def forward_kernel(
     tl.store(log_sum + row, largest + tl.log2(total), mask=n < T)
 
 
-@triton.jit
+@kernel
 def query_kernel(
     q, k, v, o, log_sum, do, dq, delta, T, H, window, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK queries and, for the gradients of the keys, delta = do . o."""
+    wait_for_earlier()
     block, first, q, k, v = _place(q, k, v, T, H, q_b, q_h, k_b, k_h, v_b, v_h, BLOCK)
     within, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
     n = block * BLOCK + within
@@ -89,12 +92,13 @@ def query_kernel(
     store_rows(dq, b_dq * scale, row, K, n < T, d, K, BLOCK_K)
 
 
-@triton.jit
+@kernel
 def key_kernel(
     q, k, v, log_sum, do, delta, dk, dv, T, H, window, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK keys."""
+    wait_for_earlier()
     block, first, q, k, v = _place(q, k, v, T, H, q_b, q_h, k_b, k_h, v_b, v_h, BLOCK)
     within, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
     m = block * BLOCK + within

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.delta_rule.triangles import inverse, pairs_of_halves, store_square
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.tiles import LOG2E, load_rows, store_rows
 
 
@@ -81,7 +82,7 @@ def sums(g, C: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr):
     return since, before, until
 
 
-@triton.jit
+@kernel
 def prepare_kernel(
     q, k, v, a, b, beta, g, decayed, since, W, U, squares, totals, T, H,
     q_n, q_t, q_h, k_n, k_t, k_h, v_n, v_t, v_h, a_n, a_t, a_h, b_n, b_t, b_h, beta_n, beta_t, beta_h,
@@ -94,6 +95,7 @@ def prepare_kernel(
     across a chunk. BOUNDED: decayed (B, H, 4, T, K) and W are q, b, k, a and X a from and to the middle of the chunk,
     since (B, H, T, K) log2 of the decay from there, totals (B, H, chunks, 2, K) to and from there. One program per
     chunk."""
+    wait_for_earlier()
     dtype = q.dtype.element_ty
     chunks = tl.cdiv(T, C)
     chunk = tl.cast(tl.program_id(0), tl.int64)
@@ -197,7 +199,7 @@ def prepare_kernel(
         store_rows(U + (head * T + at) * V, b_U, row, V, live, j, V, BLOCK_V)
 
 
-@triton.jit
+@kernel
 def gradient_kernel(
     q, k, v, a, b, beta, g, decayed, since, totals, u, squares, states, dstates, do, dr,
     dq, dk, dv, da, db, dbeta, dg, T, H,
@@ -208,6 +210,7 @@ def gradient_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every gradient, from what the walks left; one program per chunk. dr is (B, H, T, V)."""
+    wait_for_earlier()
     dtype = q.dtype.element_ty
     chunks = tl.cdiv(T, C)
     chunk = tl.cast(tl.program_id(0), tl.int64)

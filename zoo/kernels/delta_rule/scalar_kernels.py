@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.delta_rule.triangles import decay_between, decay_until, inverse, load_decay, load_steps, store_square
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.tiles import load_rows, store_rows
 
 
@@ -33,7 +34,7 @@ def normalized(x, length, eps):
     return (wide * factor[:, None]).to(x.dtype), factor
 
 
-@triton.jit
+@kernel
 def prepare_kernel(
     q, k, v, beta, g, W, U, squares, reads, writes, totals, T, H, eps,
     q_n, q_t, q_h, k_n, k_t, k_h, v_n, v_t, v_h, beta_n, beta_t, beta_h, g_n, g_t, g_h,
@@ -43,6 +44,7 @@ def prepare_kernel(
     """W = -X a k (B, H, T, K), U = X v (B, H, T, V), squares X, P (B, H, chunks, 2, C, C); reads a(t) and writes
     a(C, s) beta_s (B, H, T), UNIT with the factors of q' and k'; totals (B, H, chunks), log2 of a(C). One program per
     chunk."""
+    wait_for_earlier()
     dtype = q.dtype.element_ty
     chunks = tl.cdiv(T, C)
     head = tl.cast(tl.program_id(0) // chunks, tl.int64)
@@ -90,7 +92,7 @@ def prepare_kernel(
     store_rows(U + (head * T + at) * V, b_U, row, V, live, j, V, BLOCK_V)
 
 
-@triton.jit
+@kernel
 def gradient_kernel(
     q, k, beta, g, w, states, dstates, do, dr, dq, dk, dbeta, dg, T, H, eps,
     q_n, q_t, q_h, k_n, k_t, k_h, beta_n, beta_t, beta_h, g_n, g_t, g_h, do_n, do_t, do_h, dr_n, dr_t, dr_h,
@@ -99,6 +101,7 @@ def gradient_kernel(
     C: tl.constexpr, DECAYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dbeta and dg, from what the walks left; one program per chunk."""
+    wait_for_earlier()
     dtype = q.dtype.element_ty
     chunks = tl.cdiv(T, C)
     head = tl.cast(tl.program_id(0) // chunks, tl.int64)

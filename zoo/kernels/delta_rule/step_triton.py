@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.backend import check_step
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.launch import check_launch, configured, rows, state_tile, step_op
 
 
@@ -77,7 +78,7 @@ def _fake(
 _op = step_op("delta_rule_step", _step, _fake)
 
 
-@triton.jit
+@kernel
 def step_kernel(
     q, k, v, a, low_rank, g, S, o, after, H,
     q_b, q_h, k_b, k_h, v_b, v_h, a_b, a_h, l_b, l_h, g_b, g_h,
@@ -85,6 +86,7 @@ def step_kernel(
     DECAY: tl.constexpr, GENERALIZED: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head and BLOCK columns of the state."""
+    wait_for_earlier()
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
     b, h = head // H, head % H

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.delta_rule.triangles import load_square
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.tiles import load_rows
 
 
@@ -67,7 +68,7 @@ def load_factors(
     return read, write, first_half, total
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     q, b, k, v, W, U, squares, reads, writes, totals, first, o, u, states, last, T, H,
     q_n, q_t, q_h, b_n, b_t, b_h, k_n, k_t, k_h, v_n, v_t, v_h,
@@ -77,6 +78,7 @@ def forward_kernel(
 ):  # fmt: skip
     """o (B, T, H, V); with KEEP u (B, H, T, V) and the states before the chunks (B, H, chunks, V, K), padded with
     zeros. One program per sequence, head and BLOCK columns of v."""
+    wait_for_earlier()
     dtype = q.dtype.element_ty
     blocks: tl.constexpr = PADDED_V // BLOCK
     squares_each: tl.constexpr = 4 if CHANNELS else 2
@@ -150,7 +152,7 @@ def forward_kernel(
         tl.store(last + state, S, mask=inside)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     q, b, W, squares, reads, writes, totals, do, dlast, dr, dstates, dfirst, T, H,
     q_n, q_t, q_h, b_n, b_t, b_h, do_n, do_t, do_h, dr_n, dr_t, dr_h,
@@ -159,6 +161,7 @@ def backward_kernel(
     SCALED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dr, and the gradients of the states after the chunks, laid out like `states` of the walk forward."""
+    wait_for_earlier()
     dtype = q.dtype.element_ty
     blocks: tl.constexpr = PADDED_V // BLOCK
     squares_each: tl.constexpr = 4 if CHANNELS else 2

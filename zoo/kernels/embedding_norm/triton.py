@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 import zoo.kernels.token_embedding.triton  # noqa: F401 - the op of its gradient
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.launch import check_launch, fold_batch
 from zoo.kernels.residual_norm.kernels import standardised
 from zoo.kernels.residual_norm.triton import residual_norm  # noqa: F401 - the op of its gradient
@@ -75,12 +76,13 @@ def _(
     return stream, torch.empty_like(stream, dtype=dtype)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     tokens, table, weight, bias, stream, normed, M, V, blocks, eps,
     BIAS: tl.constexpr, RMS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program ROWS tokens of a group."""
+    wait_for_earlier()
     group = (tl.program_id(0) // blocks).to(tl.int64)
     place = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.short_conv.kernels import sigmoid
 
 
@@ -40,7 +41,7 @@ def _standardised(u, column, eps, RMS: tl.constexpr, V: tl.constexpr):
     return u * inverse[:, None], inverse
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x, gate, weight, bias, y, M, steps, parts, scale, eps,
     x_g, x_m, x_h, gate_g, gate_m, gate_h,
@@ -49,6 +50,7 @@ def forward_kernel(
     H: tl.constexpr, HEADS: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """HEADS: how many heads have weights of their own, H or 1."""
+    wait_for_earlier()
     at, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     group = at // HEADS
     column = tl.arange(0, BLOCK_V)
@@ -74,7 +76,7 @@ def forward_kernel(
         _store(y, out, group, token, head, column, live, M, H, V)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     x, gate, weight, bias, dy, dx, dgate, weight_sums, bias_sums,
     M, steps, parts, scale, eps,
@@ -84,6 +86,7 @@ def backward_kernel(
     H: tl.constexpr, HEADS: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """weight_sums and bias_sums (groups * HEADS, parts, V): gradients, summed over a program's rows."""
+    wait_for_earlier()
     at, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     group = at // HEADS
     column = tl.arange(0, BLOCK_V)

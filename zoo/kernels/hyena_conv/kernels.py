@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.short_conv.kernels import convolve, gradients_at, load_at, load_taps, place
 
 
@@ -78,12 +79,13 @@ def _store_parts(parts, seen, slope, part, d, D: tl.constexpr, W: tl.constexpr):
     tl.store(parts + W * D, tl.sum(slope, 0), mask=d < D)
 
 
-@triton.jit
+@kernel
 def enter_kernel(
     x1, v, weight, bias, u, T, per_group, x1_b, x1_t, v_b, v_t,
     D: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """u = c1(x1) * c3(v)."""
+    wait_for_earlier()
     group, b, t, d, _ = _place(T, per_group, D, C, BLOCK)
     taps_1, bias_1 = _taps(weight, bias, group * 3, d, D, W)
     taps_3, bias_3 = _taps(weight, bias, group * 3 + 2, d, D, W)
@@ -92,24 +94,26 @@ def enter_kernel(
     _store_turned(u, c1 * c3, b, t, d, T, D)
 
 
-@triton.jit
+@kernel
 def leave_kernel(
     x2, s, weight, bias, y, T, per_group, x2_b, x2_t,
     D: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = c2(x2) * s."""
+    wait_for_earlier()
     group, b, t, d, _ = _place(T, per_group, D, C, BLOCK)
     taps, b_bias = _taps(weight, bias, group * 3 + 1, d, D, W)
     c2 = convolve(_inputs(x2, b, t, d, x2_b, x2_t, T, D, W), taps, b_bias, 0, W)
     _store(y, c2 * _load_turned(s, b, t, d, T, D), b, t, d, T, D)
 
 
-@triton.jit
+@kernel
 def leave_backward_kernel(
     dy, x2, s, weight, bias, ds, dx2, parts, T, per_group, dy_b, dy_t, x2_b, x2_t,
     D: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ds = c2(x2) * dy; a token's dx2 comes from the gates at it and at the W - 1 tokens that follow."""
+    wait_for_earlier()
     group, b, t, d, part = _place(T, per_group, D, C, BLOCK)
     taps, b_bias = _taps(weight, bias, group * 3 + 1, d, D, W)
     seen = _inputs(x2, b, t, d, x2_b, x2_t, T, D, W)
@@ -124,12 +128,13 @@ def leave_backward_kernel(
     _store(dx2, total, b, t, d, T, D)
 
 
-@triton.jit
+@kernel
 def enter_backward_kernel(
     du, x1, v, weight, bias, dx1, dv, parts, T, per_group, x1_b, x1_t, v_b, v_t,
     D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of x1 and v: a walk through chunks of C tokens, ROWS of them side by side, as in `short_conv`."""
+    wait_for_earlier()
     group, b, chunk, live, d, part = place(per_group, tl.cdiv(T, C), D, BLOCK, ROWS)
     start = chunk * C
     x1 += (b * x1_b + start * x1_t)[:, None] + d[None, :]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
+
 
 @triton.jit
 def _load(x, row, column, rows, columns: tl.constexpr):
@@ -20,7 +22,7 @@ def _sine(s, weight, bias, frequency, n, k, N: tl.constexpr, K: tl.constexpr, PR
     return z, tl.sin(frequency[None, :] * z)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     positions, window, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3, frequency, out_weight, h,
     L, length, blocks,
@@ -28,6 +30,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program a group, all of whose tensors are its own, and BLOCK taps."""
+    wait_for_earlier()
     group = (tl.program_id(0) // blocks).to(tl.int64)
     t = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     f, n = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_N)
@@ -58,7 +61,7 @@ def _back(
     return tl.dot(dz, _load(weight, n, k, N, K), input_precision=PRECISION), tl.sum(ds * z, 0)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     positions, window, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3, frequency, out_weight, dh,
     dweight_1, dbias_1, dweight_2, dbias_2, dweight_3, dbias_3, dfrequency, dout_weight, L, length, blocks,
@@ -66,6 +69,7 @@ def backward_kernel(
     BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As the forward. Each gradient (groups, blocks, ...): a program's part."""
+    wait_for_earlier()
     part = tl.program_id(0).to(tl.int64)
     group = part // blocks
     t = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
+
 
 @triton.jit
 def askers(positions, t, Q, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr):
@@ -31,11 +33,12 @@ def add_of_several(total, rows, positions, t, count, Q, column, D: tl.constexpr)
     return total
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x, branch, positions, y, T, Q, blocks, x_b, x_t, branch_b, branch_t,
     BRANCH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier()
     sequence = (tl.program_id(0) // blocks).to(tl.int64)
     q = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
@@ -48,11 +51,12 @@ def forward_kernel(
     tl.store(y + (sequence * Q + q)[:, None] * D + column[None, :], total.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     positions, dy, dx, dbranch, T, Q, t_blocks, d_blocks,
     BRANCH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier()
     column = (tl.program_id(0) % d_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     t = ((tl.program_id(0) // d_blocks) % t_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     sequence = (tl.program_id(0) // d_blocks // t_blocks).to(tl.int64)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.joined_rows.kernels import add_of_several, askers
 
 
-@triton.jit
+@kernel
 def add_kernel(
     positions, dxs, drows, outs, T, Q, blocks,
     COUNT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """outs[i] (B, T, D) = dxs[i] (B, T, D) and, at positions (B, Q), drows[i] (B, Q, D), in the order of Q."""
+    wait_for_earlier()
     sequence = (tl.program_id(0) // blocks).to(tl.int64)
     t = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_D)

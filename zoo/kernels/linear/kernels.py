@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 
-@triton.jit
+
+@kernel
 def forward_kernel(
     x, weight, bias, y, M, N, x_group, x_row, row_blocks, column_blocks,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y (groups, M, N) = x (groups, M, K) weight^T (groups, K, N) + bias (groups, N)."""
+    wait_for_earlier()
     column_block = tl.program_id(0) % column_blocks
     row_block = (tl.program_id(0) // column_blocks) % row_blocks
     group = (tl.program_id(0) // column_blocks // row_blocks).to(tl.int64)
@@ -35,7 +37,7 @@ def forward_kernel(
     tl.store(y + at, total.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@kernel
 def weight_kernel(
     x, dys, dweights, dbiases, NS, M, K, groups, x_group, x_row, steps, parts, blocks, k_blocks,
     COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr,
@@ -45,6 +47,7 @@ def weight_kernel(
 
     The `blocks` of all layers that meet the same rows stand next to each other, so that x comes from the cache.
     """
+    wait_for_earlier()
     block = tl.program_id(0) % blocks
     part = tl.program_id(0) // blocks % parts
     group = (tl.program_id(0) // blocks // parts).to(tl.int64)

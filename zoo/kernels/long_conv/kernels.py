@@ -17,14 +17,15 @@ along its diagonals.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+from zoo.kernels.early import kernel, wait_for_earlier
 
 # Elements that one instruction loads.
 COPIES = tl.constexpr(8)
 
 
-@triton.jit
+@kernel
 def turn_kernel(
     x, gate, dy, out, dgate, T, turned_d, x_b, x_t, gate_b, gate_t, dy_b, dy_t,
     D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
@@ -34,6 +35,7 @@ def turn_kernel(
 
     With GATE_GRADIENT, dgate (B, T, D) = dy x and out = dy gate instead: x has time last, and out as well.
     """
+    wait_for_earlier()
     blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
     d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     chunks = tl.cdiv(T, C)
@@ -60,7 +62,7 @@ def turn_kernel(
         tl.store(out + straight, values, mask=inside)
 
 
-@triton.jit
+@kernel
 def taps_kernel(
     kernel, skip, taps, L, length, offset, kernel_g, kernel_d,
     D: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_SKIP: tl.constexpr,
@@ -69,6 +71,7 @@ def taps_kernel(
 
     One program a channel and BLOCK taps of all copies. The skip is a part of the first tap.
     """
+    wait_for_earlier()
     blocks = tl.cdiv(length, BLOCK)
     y = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
     channel = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -82,7 +85,7 @@ def taps_kernel(
     tl.store(taps, values.to(taps.dtype.element_ty), mask=y < length)
 
 
-@triton.jit
+@kernel
 def convolve_kernel(
     x, taps, out, X, Y, L, length, offset, past, batch,
     D: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
@@ -93,6 +96,7 @@ def convolve_kernel(
     Output p is at absolute time past + p. REVERSE: x is the gradient of the outputs and out that of the inputs. A row
     of a Toeplitz tile is taken from the copy of the taps in which it begins at a multiple of COPIES.
     """
+    wait_for_earlier()
     times = tl.cdiv(Y, C)
     row_blocks = tl.cdiv(batch, ROWS)
     start = tl.program_id(0) % times * C
@@ -122,13 +126,14 @@ def convolve_kernel(
     tl.store(out, total.to(out.dtype.element_ty), mask=(row < batch)[:, None] & (start + i < Y)[None, :])
 
 
-@triton.jit
+@kernel
 def convolve_short_kernel(
     x, taps, out, T, length, offset, batch,
     D: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, TIMES: tl.constexpr, DISTANCES: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As convolve_kernel of all TIMES blocks of a short sequence, each of which is loaded once."""
+    wait_for_earlier()
     SIGN: tl.constexpr = -1 if REVERSE else 1
     row_blocks = tl.cdiv(batch, ROWS)
     # Neighbours read what lies side by side.
@@ -155,13 +160,14 @@ def convolve_short_kernel(
         tl.store(out + at + time * C, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def pairs_short_kernel(
     dy, u, pairs, T, batch, parts, steps,
     D: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, TIMES: tl.constexpr, DISTANCES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As pairs_kernel of all distances between the TIMES blocks of short sequences, each of which is loaded once."""
+    wait_for_earlier()
     part = tl.program_id(0) % parts
     channel = tl.cast(tl.program_id(0) // parts, tl.int64)
     d, group = channel % D, channel // D
@@ -191,7 +197,7 @@ def pairs_short_kernel(
         tl.store(to + i[:, None] * C + i[None, :], totals[distance])
 
 
-@triton.jit
+@kernel
 def pairs_kernel(
     dy, u, pairs, Y, U, past, batch, distances, parts, steps,
     D: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
@@ -200,6 +206,7 @@ def pairs_kernel(
 
     One program a channel, distance and part of the sequences: `steps` blocks of ROWS of them.
     """
+    wait_for_earlier()
     part = tl.program_id(0) % parts
     rest = tl.program_id(0) // parts
     distance = rest % distances
@@ -223,9 +230,10 @@ def pairs_kernel(
     tl.store(pairs + i[:, None] * C + i[None, :], total)
 
 
-@triton.jit
+@kernel
 def diagonals_kernel(pairs, dkernel, L, distances, parts, D: tl.constexpr, C: tl.constexpr):
     """dkernel (groups, D, L): sums of the diagonals of `pairs`. One program a channel and C lags."""
+    wait_for_earlier()
     blocks = tl.cdiv(L, C)
     block = tl.program_id(0) % blocks
     channel = tl.cast(tl.program_id(0) // blocks, tl.int64)

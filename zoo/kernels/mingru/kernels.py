@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
+
 
 @triton.jit
 def _load(x, token, column, mask, stride):
@@ -23,11 +25,12 @@ def _gate(g, smallest):
     return z, tl.maximum(dt, smallest), tl.where(dt <= smallest, 1.0, z / tl.maximum(dt, smallest))
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     candidate, gate, x, dt, M, smallest, candidate_stride, gate_stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier()
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     mask = (token < M)[:, None] & (column < D)[None, :]
@@ -38,11 +41,12 @@ def forward_kernel(
     tl.store(dt + to, b_dt, mask=mask)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     candidate, gate, dx, ddt, dcandidate, dgate, M, smallest, candidate_stride, gate_stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier()
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     mask = (token < M)[:, None] & (column < D)[None, :]

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
+
 # Channels of a head whose sums a program can hold.
 FEW = tl.constexpr(8)
 
@@ -56,12 +58,13 @@ def _store_turned(x, values, at, inside):
     tl.store(x + at, values.to(x.dtype.element_ty), mask=tl.trans(inside))
 
 
-@triton.jit
+@kernel
 def outer_kernel(
     k, v, kv, T, v_b, v_t,
     I: tl.constexpr, J: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """kv_ij = k_i v_j."""
+    wait_for_earlier()
     b, t, h, inside = _place(T, H, C, BLOCK)
     for j in range(J):
         b_v = tl.trans(_load(v, b, t, h, v_b, v_t, j, inside, H))
@@ -70,12 +73,13 @@ def outer_kernel(
             _store_turned(kv, product, _turned(b, t, h, T, i * J + j, I * J, H), inside)
 
 
-@triton.jit
+@kernel
 def read_kernel(
     q, s, y, T, q_b, q_t,
     I: tl.constexpr, J: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y_j = sum_i q_i s_ij."""
+    wait_for_earlier()
     b, t, h, inside = _place(T, H, C, BLOCK)
     for j in range(J):
         total = tl.zeros((C, BLOCK), tl.float32)
@@ -85,12 +89,13 @@ def read_kernel(
         _store(y, total, b, t, h, T, j, inside, J, H)
 
 
-@triton.jit
+@kernel
 def read_backward_kernel(
     dy, q, s, dq, ds, T, dy_b, dy_t, q_b, q_t,
     I: tl.constexpr, J: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dq_i = sum_j s_ij dy_j and ds_ij = q_i dy_j."""
+    wait_for_earlier()
     b, t, h, inside = _place(T, H, C, BLOCK)
     for i in range(I):
         b_q = _load(q, b, t, h, q_b, q_t, i, inside, H)
@@ -103,12 +108,13 @@ def read_backward_kernel(
         _store(dq, total, b, t, h, T, i, inside, I, H)
 
 
-@triton.jit
+@kernel
 def outer_backward_kernel(
     dkv, k, v, dk, dv, T, v_b, v_t,
     I: tl.constexpr, J: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dk_i = sum_j dkv_ij v_j and dv_j = sum_i dkv_ij k_i."""
+    wait_for_earlier()
     b, t, h, inside = _place(T, H, C, BLOCK)
     if J <= FEW:
         # All sums over i at once, so that dkv is read once.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 
-@triton.jit
+
+@kernel
 def cast_kernel(weights, outs, weight_groups, sizes, groups, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """outs[i] (groups, sizes[i]) = weights[i], whose groups are weight_groups[i] apart, in the dtype of outs[i]."""
+    wait_for_earlier()
     program = tl.program_id(0)
     for i in tl.static_range(COUNT):
         blocks = tl.cdiv(sizes[i], BLOCK)
@@ -53,13 +56,14 @@ def _add_product(
     return total
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x, weights, biases, ys, M, x_group, x_row, weight_groups, bias_groups, row_blocks,
     BIAS: tl.constexpr, NS: tl.constexpr, BLOCKS: tl.constexpr, COUNT: tl.constexpr, K: tl.constexpr,
     BLOCK_K: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ys[i] (groups, M, NS[i]) = x (groups, M, K) weights[i]^T (groups, K, NS[i]) + biases[i]."""
+    wait_for_earlier()
     row_block = tl.program_id(0) % row_blocks
     group = (tl.program_id(0) // row_blocks).to(tl.int64)
     within, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
@@ -73,13 +77,14 @@ def forward_kernel(
         _multiply(x_MK, weight, bias, y, within, k, live, BIAS, NS[i], BLOCKS[i], K, STAGES, PRECISION)
 
 
-@triton.jit
+@kernel
 def input_kernel(
     dys, weights, dx, M, weight_groups, row_blocks,
     NS: tl.constexpr, BLOCKS: tl.constexpr, COUNT: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx (groups, M, K) = sum over i of dys[i] (groups, M, NS[i]) weights[i] (groups, NS[i], K)."""
+    wait_for_earlier()
     row_block = tl.program_id(0) % row_blocks
     group = (tl.program_id(0) // row_blocks).to(tl.int64)
     within, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
+
 
 @triton.jit
 def standardised(stream, column, eps, RMS: tl.constexpr, D: tl.constexpr):
@@ -15,12 +17,13 @@ def standardised(stream, column, eps, RMS: tl.constexpr, D: tl.constexpr):
     return stream * scale[:, None], scale
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x, branch, weight, bias, stream, normed, M, steps, parts, eps,
     BRANCH: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier()
     group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     column = tl.arange(0, BLOCK_D)
     scale = tl.load(weight + group * D + column, mask=column < D, other=0.0).to(tl.float32)
@@ -41,13 +44,14 @@ def forward_kernel(
         tl.store(normed + at, (unit * scale[None, :] + shift[None, :]).to(normed.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     stream, weight, dstream, dnormed, dx, dbranch, dweight, dbias, M, steps, parts, eps,
     STREAM: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dweight and dbias (groups, parts, D) are sums over the rows of a program."""
+    wait_for_earlier()
     group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     column = tl.arange(0, BLOCK_D)
     scale = tl.load(weight + group * D + column, mask=column < D, other=0.0).to(tl.float32)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
+
 
 @triton.jit
 def _place(M, parts, H: tl.constexpr, BLOCK: tl.constexpr):
@@ -44,11 +46,12 @@ def _standardised(u, inside, eps, K: tl.constexpr):
     return u * inverse, inverse
 
 
-@triton.jit
+@kernel
 def keys_forward_kernel(
     k, rate, rate_bias, removal, replacement, written, a, b, M, steps, parts, eps,
     H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier()
     first, head, part, column = _place(M, parts, H, BLOCK)
     b_bias, b_removal = _load_weight(rate_bias, parts, column, K), _load_weight(removal, parts, column, K)
     b_replacement = _load_weight(replacement, parts, column, K)
@@ -64,12 +67,13 @@ def keys_forward_kernel(
         _store(b, kappa * eta, row, head, column, mask, H, K)
 
 
-@triton.jit
+@kernel
 def keys_backward_kernel(
     k, rate, rate_bias, removal, replacement, dwritten, da, db, dk, drate, sums, M, steps, parts, eps,
     H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Three sums (groups * H, parts, K): of a program's rows, the gradients of rate_bias, removal and replacement."""
+    wait_for_earlier()
     first, head, part, column = _place(M, parts, H, BLOCK)
     b_bias, b_removal = _load_weight(rate_bias, parts, column, K), _load_weight(removal, parts, column, K)
     b_replacement = _load_weight(replacement, parts, column, K)
@@ -100,11 +104,12 @@ def keys_backward_kernel(
     _store_sum(sums[2], dreplacement, column, K)
 
 
-@triton.jit
+@kernel
 def readout_forward_kernel(
     o, q, k, v, gate, weight, bias, bonus, y, M, steps, parts, eps,
     H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier()
     first, head, part, column = _place(M, parts, H, BLOCK)
     b_weight, b_bias = _load_weight(weight, parts, column, K), _load_weight(bias, parts, column, K)
     b_bonus = _load_weight(bonus, parts, column, K)
@@ -118,12 +123,13 @@ def readout_forward_kernel(
         _store(y, total * _load(gate, row, head, column, mask, H, K), row, head, column, mask, H, K)
 
 
-@triton.jit
+@kernel
 def readout_backward_kernel(
     o, q, k, v, gate, weight, bias, bonus, dy, do, dq, dk, dv, dgate, sums, M, steps, parts, eps,
     H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Three sums (groups * H, parts, K): of a program's rows, the gradients of weight, bias and bonus."""
+    wait_for_earlier()
     first, head, part, column = _place(M, parts, H, BLOCK)
     b_weight, b_bias = _load_weight(weight, parts, column, K), _load_weight(bias, parts, column, K)
     b_bonus = _load_weight(bonus, parts, column, K)

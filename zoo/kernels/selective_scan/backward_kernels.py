@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.selective_scan.kernels import (
     channels,
     four_rows,
@@ -91,7 +92,7 @@ def store_sums(M, sums, live, N: tl.constexpr, PADDED: tl.constexpr):
     tl.store(M + i * N + n, sums, mask=(n < N) & (i < live))
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     x, dt, A, B, C, skip, z, bias, ungated, kept, dy, dlast, dx, ddt, dA, dB, dC, dskip, dz, dbias, dfirst,
     T, per_group, part, x_b, dt_b, B_b, C_b, z_b, dy_b,
@@ -105,6 +106,7 @@ def backward_kernel(
     """Gradients of what sequences share are parts with a leading batch axis; dB and dC by step have one part of `part`
     elements, (B, T, N), for each block of channels.
     """
+    wait_for_earlier()
     block, b, d, state, inside = indices(D, N, NT, NK, NI, LANES)
     PADDED: tl.constexpr = NT * NK * NI
     # Of the operands of matrix products.
@@ -345,9 +347,10 @@ def backward_kernel(
         tl.store(dfirst + b * D * N + state, carry, mask=inside)
 
 
-@triton.jit
+@kernel
 def sum_kernel(parts, sums, numbers, sizes, ends, ROWS: tl.constexpr, LOADED: tl.constexpr):
     """sums[i] (groups, sizes[i]) of parts[i] (groups, numbers[i], sizes[i]) by the programs before ends[i]."""
+    wait_for_earlier()
     first = 0
     for i in tl.static_range(len(parts)):
         pid = tl.program_id(0) - first

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.selective_scan.kernels import (
     channels,
     four_rows,
@@ -20,7 +20,7 @@ from zoo.kernels.selective_scan.kernels import (
 from zoo.kernels.tiles import LOG2E
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x, dt, A, B, C, skip, z, bias, first, y, ungated, last, kept, T, per_group, x_b, dt_b, B_b, C_b, z_b,
     x_t: tl.constexpr, dt_t: tl.constexpr, B_t: tl.constexpr, C_t: tl.constexpr, z_t: tl.constexpr,
@@ -31,6 +31,7 @@ def forward_kernel(
     HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """kept (B, chunks, D, N): the state before each chunk of S steps. ungated (B, T, D): y before its gate."""
+    wait_for_earlier()
     _, b, d, state, inside = indices(D, N, NT, NK, NI, LANES)
     PADDED: tl.constexpr = NT * NK * NI
     group = b // per_group

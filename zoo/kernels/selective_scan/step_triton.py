@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zoo.kernels.activation import activation
 from zoo.kernels.backend import check_step
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.launch import Config, check_launch, configured, rows, step_op
 
 
@@ -69,7 +70,7 @@ def step_config(channels: int, N: int) -> Config:
     return Config(1, min(triton.next_power_of_2(channels), max(1, 1024 // triton.next_power_of_2(N))), 2, 1)
 
 
-@triton.jit
+@kernel
 def step_kernel(
     x, dt, A, B, C, skip, gate, h, y, after, dt_share, A_share, B_share, C_share, skip_share,
     x_b, dt_b, B_b, C_b, skip_b, gate_b,
@@ -77,6 +78,7 @@ def step_kernel(
     B_D: tl.constexpr, C_D: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence and BLOCK channels."""
+    wait_for_earlier()
     blocks: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
     b = tl.cast(tl.program_id(0) // blocks, tl.int64)
     d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

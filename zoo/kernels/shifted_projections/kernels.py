@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
+
 
 @triton.jit
 def _load(x, row, stride, column, live, inside):
@@ -35,13 +37,14 @@ def _owner(block, tensors, NS: tl.constexpr, STARTS: tl.constexpr, COUNT: tl.con
     return which, tensor, N, start, row + tl.arange(0, BLOCK)
 
 
-@triton.jit
+@kernel
 def prepare_kernel(
     shares, weights, prepared, weight_groups, weight_rows, weight_columns, row_blocks,
     NS: tl.constexpr, STARTS: tl.constexpr, TOTAL: tl.constexpr, COUNT: tl.constexpr,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """prepared (groups, 3, TOTAL, K): of all weights W, W (1 - m) and W m."""
+    wait_for_earlier()
     group = tl.program_id(0) // (COUNT * row_blocks)
     which = tl.program_id(0) // row_blocks % COUNT
     n, k = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
@@ -59,7 +62,7 @@ def prepare_kernel(
             tl.store(to + 2 * TOTAL * K, (weight * share).to(prepared.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x, shares, prepared, ys, M, T, row_blocks,
     NS: tl.constexpr, STARTS: tl.constexpr, TOTAL: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
@@ -67,6 +70,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ys[i] (groups, M, NS[i])."""
+    wait_for_earlier()
     group = (tl.program_id(0) // row_blocks).to(tl.int64)
     first_row = tl.program_id(0) % row_blocks * ROWS
     row, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
@@ -86,13 +90,14 @@ def forward_kernel(
         tl.store(to, values.to(here.dtype), mask=live[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@kernel
 def input_kernel(
     prepared, dys, dx, M, T, row_blocks,
     NS: tl.constexpr, STARTS: tl.constexpr, TOTAL: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier()
     group = (tl.program_id(0) // row_blocks).to(tl.int64)
     first_row = tl.program_id(0) % row_blocks * ROWS
     row, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
@@ -113,7 +118,7 @@ def input_kernel(
     tl.store(to, total.to(dx.dtype.element_ty), mask=live[:, None] & (k < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["steps", "parts"])
+@kernel(do_not_specialize=["steps", "parts"])
 def weight_kernel(
     x, dys, sums, M, T, steps, parts,
     NS: tl.constexpr, STARTS: tl.constexpr, TOTAL: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
@@ -121,6 +126,7 @@ def weight_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums (groups, parts, 2, TOTAL, K): E and F, over a part of the rows each."""
+    wait_for_earlier()
     place = (tl.program_id(0) // BLOCKS).to(tl.int64)
     first = place // parts * M
     begin = tl.program_id(0) // BLOCKS % parts * (steps * ROWS)
@@ -141,13 +147,14 @@ def weight_kernel(
     tl.store(to + TOTAL * K, past, mask=mask)
 
 
-@triton.jit
+@kernel
 def finish_kernel(
     prepared, shares, sums, dweights, dshares, weight_groups, weight_rows, weight_columns, parts, k_blocks,
     NS: tl.constexpr, STARTS: tl.constexpr, TOTAL: tl.constexpr, COUNT: tl.constexpr,
     K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """From sums, dweights[i] (groups, NS[i], K) and dshares (groups, COUNT, K)."""
+    wait_for_earlier()
     group = (tl.program_id(0) // (COUNT * k_blocks)).to(tl.int64)
     which = tl.program_id(0) // k_blocks % COUNT
     k = tl.program_id(0) % k_blocks * COLUMNS + tl.arange(0, COLUMNS)

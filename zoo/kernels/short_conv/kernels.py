@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.tiles import LOG2E
 
 
@@ -70,13 +71,14 @@ def sigmoid(x):
     return root * root
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x, weight, bias, gate, first, y, T, per_group, x_b, x_t, gate_b, gate_t, weight_g, bias_g,
     D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One program per group, ROWS chunks and BLOCK channels; weight (groups, D, W), bias (groups, D)."""
+    wait_for_earlier()
     group, b, chunk, live, d, _ = place(per_group, tl.cdiv(T, C), D, BLOCK, ROWS)
     start = chunk * C
     x += (b * x_b + start * x_t)[:, None] + d[None, :]
@@ -135,7 +137,7 @@ def gradients_at(oldest, slopes, taps, dtaps, W: tl.constexpr):
     return dx, sums + (dtaps[W] + slopes[0],)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     x, weight, bias, gate, first, dy, dx, parts, dgate, dfirst, T, per_group,
     x_b, x_t, gate_b, gate_t, weight_g, bias_g, dy_b, dy_t,
@@ -146,6 +148,7 @@ def backward_kernel(
 
     parts (groups, programs, W + HAS_BIAS, D): each program's part in the gradient of the taps and of the bias.
     """
+    wait_for_earlier()
     past: tl.constexpr = W - 1 if HAS_FIRST else 0
     group, b, chunk, live, d, part = place(per_group, tl.cdiv(T + past, C), D, BLOCK, ROWS)
     start = chunk * C - past
@@ -212,12 +215,13 @@ def backward_kernel(
         tl.store(parts + W * D, tl.sum(dtaps[W], 0), mask=d < D)
 
 
-@triton.jit
+@kernel
 def sum_kernel(
     parts, dweight, dbias, number,
     D: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sums parts (groups, number, W + HAS_BIAS, D) over `number`; one program a group and COLUMNS of the sums."""
+    wait_for_earlier()
     width: tl.constexpr = (W + HAS_BIAS) * D
     blocks: tl.constexpr = (width + COLUMNS - 1) // COLUMNS
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.backend import check_step
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.launch import Config, check_launch, configured, rows, step_op
 
 
@@ -53,12 +54,13 @@ def step_config(D: int) -> Config:
     return Config(1, block, max(1, block // 64), 1)
 
 
-@triton.jit
+@kernel
 def step_kernel(
     x, weight, bias, cache, y, after, share, x_b,
     D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence and BLOCK channels."""
+    wait_for_earlier()
     blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
     b = tl.cast(tl.program_id(0) // blocks, tl.int64)
     d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.activation.kernels import softplus
+from zoo.kernels.early import kernel, wait_for_earlier
 
 
 @triton.jit
@@ -15,13 +16,14 @@ def _shared(x, member, token, g, m_stride, t_stride, g_stride, n, live, N: tl.co
     return tl.load(x + at, mask=live[:, None] & (n < N)[None, :], other=0.0)[:, None, :]
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     C, B, dt, bias, log_A, q, k, decay, M, G, steps, parts,
     C_m, C_t, C_g, B_m, B_t, B_g, dt_m, dt_t,
     R: tl.constexpr, N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """C and B (members, M, G, N), dt (members, M, G R), bias and log_A (members, G R)."""
+    wait_for_earlier()
     part, which = tl.program_id(0) % parts, tl.program_id(0) // parts
     member, g = (which // G).to(tl.int64), which % G
     r, n = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
@@ -43,12 +45,13 @@ def forward_kernel(
         tl.store(k + keys, (b_dt[:, :, None] * b_B).to(k.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     B, dt, bias, log_A, dq, dk, ddecay, dC, dB, ddt, dbias, dlog_A, M, G, steps, parts, B_m, B_t, B_g, dt_m, dt_t,
     R: tl.constexpr, N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dbias and dlog_A (members G, parts, R): sums over a program's tokens."""
+    wait_for_earlier()
     part, which = tl.program_id(0) % parts, tl.program_id(0) // parts
     member, g = (which // G).to(tl.int64), which % G
     r, n = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
+
 
 @triton.jit
 def _multiply(a_re, a_im, b_re, b_im):
@@ -53,11 +55,12 @@ def _powers(start, a_re, a_im, BLOCK: tl.constexpr):
     return size * tl.cos(angle), size * tl.sin(angle), j
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     log_dt, log_A_real, A_imag, C, K, length, blocks, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program a system and BLOCK taps."""
+    wait_for_earlier()
     at = (tl.program_id(0) // blocks).to(tl.int64)
     start = tl.program_id(0) % blocks * BLOCK
     n = tl.arange(0, BLOCK_N)
@@ -69,12 +72,13 @@ def forward_kernel(
     tl.store(K + at * length + taps, 2 * tl.sum(B_re[None, :] * E_re - B_im[None, :] * E_im, 1), mask=taps < length)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     log_dt, log_A_real, A_imag, C, dK, dlog_dt, dlog_A_real, dA_imag, dC, length,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a system. A gradient dz is d/dRe(z) + i d/dIm(z): that of u in z = u v is dz times conj(v)."""
+    wait_for_earlier()
     at = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     dt, A_re, A_im, a_re, a_im, C_re, C_im = _system(log_dt, log_A_real, A_imag, C, at, n, N)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.tiles import load_rows, product_in_two, store_rows
 
 
@@ -40,13 +41,14 @@ def attend(
     return norm + tl.sum(p, 1), total
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     q, k, v, o, n, T, H, scale, eps, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head and C queries, the last ones first: they have the most keys."""
+    wait_for_earlier()
     blocks = tl.cdiv(T, C)
     mine = (blocks - 1 - tl.program_id(0) % blocks) * C
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -70,7 +72,7 @@ def forward_kernel(
     store_rows(o + ((b * T + at) * H + h) * V, total * over_norm[:, None], row, H * V, live, j, V, BLOCK_V)
 
 
-@triton.jit
+@kernel
 def query_kernel(
     q, k, v, o, n, do, m, dq, T, H, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
@@ -78,6 +80,7 @@ def query_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and m for `key_kernel`: one program per sequence, head and C queries."""
+    wait_for_earlier()
     blocks = tl.cdiv(T, C)
     mine = (blocks - 1 - tl.program_id(0) % blocks) * C
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -142,7 +145,7 @@ def differentiate_key(
     return b_dk, b_dv
 
 
-@triton.jit
+@kernel
 def key_kernel(
     q, k, v, n, do, m, dk, dv, T, H, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
@@ -150,6 +153,7 @@ def key_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv: one program per sequence, head and C keys, the first ones first: they have the most queries."""
+    wait_for_earlier()
     blocks = tl.cdiv(T, C)
     mine = tl.program_id(0) % blocks * C
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)

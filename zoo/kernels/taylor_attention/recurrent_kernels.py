@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.tiles import load_rows, product_in_two, store_rows
 
 
@@ -102,7 +103,7 @@ def load_norm(z, f, F: tl.constexpr, GIVEN: tl.constexpr):
     return tl.load(z + f, mask=f < F, other=0.0).to(tl.float32) if GIVEN else tl.zeros(f.shape, tl.float32)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     q, k, v, o, n, S, z, S_last, z_last, T, H, scale, eps,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
@@ -111,6 +112,7 @@ def forward_kernel(
     HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head and BLOCK columns of v."""
+    wait_for_earlier()
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     column = tl.program_id(0) % blocks * BLOCK
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -311,7 +313,7 @@ def value_gradient(
         tl.store(D_first + f_b[:, None] * V + j[None, :], D_b, mask=(f_b < F)[:, None] & inside)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     q, k, v, o, n, S, z, do, dS, dz, dq, dk, dv, dS_first, dz_first, T, H, scale, dqk_block,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
@@ -320,6 +322,7 @@ def backward_kernel(
     HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head, BLOCK columns of v, and dq, dk or dv."""
+    wait_for_earlier()
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     role = tl.program_id(0) % 3
     block = tl.program_id(0) // 3 % blocks

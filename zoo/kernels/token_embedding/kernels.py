@@ -9,11 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 
-@triton.jit
+
+@kernel
 def gather_kernel(
     tokens, table, x, places, of_group, V, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
+    wait_for_earlier()
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     row = (at // of_group).to(tl.int64) * V + tl.load(tokens + at, mask=at < places, other=0)
@@ -39,12 +42,13 @@ def _sum_places(slopes, order, start, end, column, D: tl.constexpr, BLOCK_D: tl.
     return total
 
 
-@triton.jit
+@kernel
 def blocks_kernel(
     slopes, order, sorted_tokens, ends, sums, places,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """sums (blocks, 2, D): of the first and of the last token of each block, where these are frequent."""
+    wait_for_earlier()
     block = tl.program_id(0)
     column = tl.arange(0, BLOCK_D)
     begin, close = block * LIMIT, tl.minimum(block * LIMIT + LIMIT, places)
@@ -58,12 +62,13 @@ def blocks_kernel(
             tl.store(sums + (block * 2 + which).to(tl.int64) * D + column, total, mask=column < D)
 
 
-@triton.jit
+@kernel
 def tokens_kernel(
     slopes, order, sorted_tokens, ends, sums, out, tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens a program: one place of each at a time."""
+    wait_for_earlier()
     column = tl.arange(0, BLOCK_D)
     row = tl.arange(0, ROWS)
     token = tl.program_id(0) * ROWS + row

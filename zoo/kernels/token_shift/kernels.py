@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
+
 
 @triton.jit
 def _load(x, row, column, mask, D: tl.constexpr):
@@ -31,12 +33,13 @@ def _share(weight, offset, row, at, M, column, live, inside, HAS_OFFSET: tl.cons
     return share
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x, weight, offset, previous, ys, B, T, steps, parts,
     HAS_OFFSET: tl.constexpr, HAS_PREVIOUS: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier()
     group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     M = B * T
     first = group.to(tl.int64) * M
@@ -55,7 +58,7 @@ def forward_kernel(
             tl.store(to, y.to(ys[i].dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["steps", "parts"])
+@kernel(do_not_specialize=["steps", "parts"])
 def backward_kernel(
     x, weight, offset, previous, dys, dx, sums, doffset, dprevious, B, T, steps, parts,
     HAS_OFFSET: tl.constexpr, HAS_PREVIOUS: tl.constexpr,
@@ -63,6 +66,7 @@ def backward_kernel(
 ):  # fmt: skip
     """sums (groups, parts, N, D): the gradient of the weight, summed over a program's rows. Each of these goes back
     through `steps` tokens, so that what the token after it passes to a token is at hand."""
+    wait_for_earlier()
     group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     M = B * T
     first = group.to(tl.int64) * M

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
+
 NO_TOKEN = tl.constexpr(-1e38)
 
 
@@ -38,13 +40,14 @@ def weights(p, k, g, u):
     return tl.where(p < now, less, 1.0), tl.where(p < now, 1.0, less), kept, added, top
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     k, v, decay, bonus, first, o, last, kept, T, per_group, k_b, v_b, k_t: tl.constexpr, v_t: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, S: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """first, last (B, 3, D): a, b and p. kept (B, chunks, 3, D): the states before each chunk."""
+    wait_for_earlier()
     blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
     sequence = tl.cast(tl.program_id(0) // blocks, tl.int64)
     d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -90,13 +93,14 @@ def forward_kernel(
         tl.store(last + 2 * D, p, mask=inside)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     k, v, decay, bonus, kept, last, do, dlast, dk, dv, ddecay, dbonus, dfirst, T, per_group,
     k_b, v_b, do_b, k_t: tl.constexpr, v_t: tl.constexpr, do_t: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, S: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
 ):  # fmt: skip
     """ddecay, dbonus (B, D): a part a sequence."""
+    wait_for_earlier()
     blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
     sequence = tl.cast(tl.program_id(0) // blocks, tl.int64)
     d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.backend import check_step
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.launch import Config, check_launch, configured, rows, step_op
 from zoo.kernels.wkv.kernels import weights
 
@@ -50,13 +51,14 @@ def step_config(D: int) -> Config:
     return Config(1, min(triton.next_power_of_2(D), 64), 1, 1)
 
 
-@triton.jit
+@kernel
 def step_kernel(
     k, v, decay, bonus, a, b, p, o, next_a, next_b, next_p, per_group,
     k_stride, v_stride, decay_stride, bonus_stride, a_stride, b_stride, p_stride,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence and BLOCK channels."""
+    wait_for_earlier()
     blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
     sequence = tl.cast(tl.program_id(0) // blocks, tl.int64)
     d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
