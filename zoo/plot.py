@@ -171,7 +171,9 @@ def _check_overlay(frame: pd.DataFrame, source: str) -> pd.DataFrame:
         if wrong.any():
             row = int(wrong.to_numpy().argmax())
             allowed = "a number above 0" if column == "bytes" else "a number from 0 to 1"
-            raise ConfigError(f"overlay {source!r}, row {row + 1}: {column} {frame[column][row]!r} is not {allowed}.")
+            raise ConfigError(
+                f"overlay {source!r}, row {row + 1}: {column} {frame[column].tolist()[row]!r} is not {allowed}."
+            )
         frame[column] = numbers.astype(float)
     return frame[list(OVERLAY_COLUMNS)]
 
@@ -200,7 +202,9 @@ def figure(
         raise ConfigError("an overlay or a limit belongs to one data setting; plot the panels one by one.")
     if not any((panel["status"] == "ok").any() for panel in panels.values()):
         raise ConfigError("no model has an accuracy to plot: every trial failed or diverged; see `zoo table`.")
-    panels = _off_zero(panels, overlay)
+    placed = _off_zero([*panels.values(), *([] if overlay is None else [overlay])])
+    panels = dict(zip(panels, placed, strict=False))
+    overlay = None if overlay is None else placed[-1]
     columns = math.ceil(len(panels) ** 0.5) if len(panels) != 3 else 3
     rows = math.ceil(len(panels) / columns)
     single = len(panels) == 1
@@ -239,14 +243,12 @@ def figure(
     return fig
 
 
-def _off_zero(panels: dict[str, pd.DataFrame], overlay: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
-    sizes = {name: panel["state_bytes"].to_numpy(dtype=float, na_value=math.nan) for name, panel in panels.items()}
-    known = np.concatenate([*sizes.values(), [] if overlay is None else overlay["bytes"]])
-    left = np.min(known[known > 0], initial=math.inf) / 2
-    left = left if left < math.inf else 1.0
-    return {
-        name: panel.assign(state_bytes=np.where(sizes[name] == 0, left, sizes[name])) for name, panel in panels.items()
-    }
+def _off_zero(frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
+    columns = ["state_bytes" if "state_bytes" in frame else "bytes" for frame in frames]
+    sizes = [f[column].to_numpy(dtype=float, na_value=math.nan) for f, column in zip(frames, columns, strict=True)]
+    left = min((float(size) / 2 for size in np.concatenate(sizes) if size > 0), default=1.0)
+    moved = [np.where(size == 0, left, size) for size in sizes]
+    return [f.assign(**{column: size}) for f, column, size in zip(frames, columns, moved, strict=True)]
 
 
 def _caption(panels: list[pd.DataFrame], overlay: pd.DataFrame | None, remark: str | None, columns: int) -> str:
