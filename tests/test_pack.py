@@ -231,7 +231,7 @@ def test_a_pack_takes_the_steps_of_torchs_optimizer(clip: float | None, batched:
         pack.gradient_stacks = {name: torch.stack([t.get_parameter(name).grad for t in twins]) for name in names}
         pack.gradient_lists = [tuple(p.grad.clone() for p in twin.parameters()) for twin in twins]
         rates = torch.tensor([1e-2, 3e-3]) / (1 + done)
-        optimizer.step(rates)
+        optimizer.step(rates, optimizer.advance())
         for twin, adamw_, rate in zip(twins, theirs, rates.tolist(), strict=True):
             if clip is not None:
                 nn.utils.clip_grad_norm_(twin.parameters(), clip)

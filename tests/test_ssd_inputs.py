@@ -14,13 +14,13 @@ from zoo.testing.ops import check_op
 from zoo.testing.tolerances import TOLERANCES
 
 FP32 = TOLERANCES["ssd_inputs"][torch.float32]
-SHAPES = {"C": "BTGN", "B": "BTGN", "dt": "BTH", "bias": "H", "log_A": "H"}
+SHAPES = {"BC": "BTSGN", "dt": "BTH", "bias": "H", "log_A": "H"}
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
 @pytest.mark.parametrize(("T", "G", "H", "N"), [(9, 1, 4, 16), (17, 2, 6, 5), (1, 1, 1, 1)])
 def test_outputs_and_gradients(impl: str, T: int, G: int, H: int, N: int) -> None:
-    a = inputs(T, SHAPES, seed=1, B=2, G=G, H=H, N=N)
+    a = inputs(T, SHAPES, seed=1, B=2, S=2, G=G, H=H, N=N)
     check_op(*(partial(ssd_inputs, impl=i) for i in ("reference", impl)), a, FP32)
 
 
@@ -32,8 +32,7 @@ def test_several_blocks_of_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "SUMMING_PROGRAMS", 4)
 
     def op(xBC: torch.Tensor, impl: str, **others: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        _, B, C = (y.unflatten(-1, (2, 8)) for y in xBC.split(16, dim=-1))
-        return ssd_inputs(C, B, **others, impl=impl)
+        return ssd_inputs(xBC[..., 16:].unflatten(-1, (2, 2, 8)), **others, impl=impl)
 
     a = inputs(13, {"xBC": "BTD", "dt": "BTH", "bias": "H", "log_A": "H"}, B=2, D=48, H=4)
     check_op(*(partial(op, impl=i) for i in ("reference", "triton")), a, FP32)
@@ -41,7 +40,7 @@ def test_several_blocks_of_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pack_is_one_call() -> None:
     pytest.importorskip("triton")
-    a = inputs(5, {name: "P" + letters for name, letters in SHAPES.items()}, P=3, B=2, G=1, H=2, N=8)
+    a = inputs(5, {name: "P" + letters for name, letters in SHAPES.items()}, P=3, B=2, S=2, G=1, H=2, N=8)
 
     def loop(**b: torch.Tensor) -> tuple[torch.Tensor, ...]:
         each = [ssd_inputs(*row, impl="reference") for row in zip(*b.values(), strict=True)]
@@ -52,11 +51,13 @@ def test_a_pack_is_one_call() -> None:
 
 
 def test_dtypes_and_what_does_not_fit() -> None:
-    a = {name: t.detach() for name, t in inputs(4, SHAPES, B=1, G=2, H=4, N=8).items()}
+    a = {name: t.detach() for name, t in inputs(4, SHAPES, B=1, S=2, G=2, H=4, N=8).items()}
     for impl in ("reference", "chunked", "triton"):
-        results = ssd_inputs(a["C"].half(), a["B"].bfloat16(), a["dt"].half(), a["bias"], a["log_A"], impl=impl)
-        assert [x.dtype for x in results] == [torch.float16, torch.bfloat16, torch.float32]
+        results = ssd_inputs(a["BC"].bfloat16(), a["dt"].half(), a["bias"], a["log_A"], impl=impl)
+        assert [x.dtype for x in results] == [torch.bfloat16, torch.bfloat16, torch.float32]
     with pytest.raises(UnsupportedError, match="dt has shape"):
         ssd_inputs(**a | {"dt": a["dt"][:, :3]})
+    with pytest.raises(UnsupportedError, match=r"expected \(B, T, 2, G, N\)"):
+        ssd_inputs(**a | {"BC": a["BC"][:, :, :1]})
     with pytest.raises(UnsupportedError, match="3 heads in 2 groups"):
         ssd_inputs(**a | {name: a[name][..., :3] for name in ("dt", "bias", "log_A")})

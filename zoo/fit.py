@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo.config import OptimizerConfig, Trial
 from zoo.evaluate import Dtype, PackEvaluation, Slice, mean_accuracy
 from zoo.graphs import Replay, new_pool
+from zoo.kernels.streams import join, lane
 from zoo.model import Model
 from zoo.optimizer import Moments, OneByOne, PackOptimizer, Stacked
 from zoo.pack import Pack
@@ -170,11 +171,17 @@ class Fit:
         return learning_rate(run.trial.optimizer, step, sum(self.steps), self.settings.epochs)
 
     def _step(self, s: int) -> None:
+        # Short kernels beside long ones, which they do not touch.
+        with lane(self.index, "step"):
+            rates, number = self.rates.index_select(0, self.index)[0], self.optimizer.advance()
         losses = self._gradients(s)
-        self.optimizer.step(self.rates.index_select(0, self.index)[0])
-        self.losses.index_copy_(0, self.index, losses[None].float())
-        self.index += 1
-        self.turn[s] += 1
+        join(self.index, "step")
+        with lane(self.index, "step"):
+            self.losses.index_copy_(0, self.index, losses[None].float())
+            self.index += 1
+            self.turn[s] += 1
+        self.optimizer.step(rates, number)
+        join(self.index, "step")
 
     def _gradients(self, s: int) -> Tensor:
         part = self.train[s]
@@ -188,8 +195,11 @@ def mean_loss(model: Model, tokens: Tensor, positions: Tensor, answers: Tensor, 
     Under autocast where the dtype is bfloat16: here, because gradients must not be.
     """
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        loss = model.answer(tokens, positions, answers, predict=False).loss
-        return loss.sum() / (answers != IGNORE).sum()
+        with lane(answers, "count"):
+            asked = (answers != IGNORE).sum()
+        loss = model.answer(tokens, positions, answers, predict=False).loss.sum()
+        join(answers, "count")
+        return loss / asked
 
 
 def shuffled(sizes: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[Tensor]:

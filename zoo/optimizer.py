@@ -19,7 +19,10 @@ Moments = dict[str, tuple[Tensor, Tensor]]
 
 
 class PackOptimizer(Protocol):
-    def step(self, rates: Tensor) -> None:
+    def advance(self) -> Tensor:
+        """Count one step more; what `step` is to know of the number."""
+
+    def step(self, rates: Tensor, number: Tensor) -> None:
         """Update every member by the gradients in its model; rates (members,) are the learning rates."""
 
 
@@ -45,9 +48,12 @@ class OneByOne:
             for model, config, of_member in zip(pack.models, configs, moments, strict=True)
         ]
 
-    @torch.no_grad()
-    def step(self, rates: Tensor) -> None:
+    def advance(self) -> Tensor:
         self.count += 1
+        return self.count
+
+    @torch.no_grad()
+    def step(self, rates: Tensor, number: Tensor) -> None:
         for rate, member, gradients in zip(rates, self.members, self.pack.gradient_lists, strict=True):
             gradient = torch.cat([gradients[at].flatten() for at in member.order])
             if self.clip is not None:
@@ -56,7 +62,7 @@ class OneByOne:
                 # What torch.optim.AdamW(fused=True) calls, without a dozen operations' worth of Python around it.
                 torch._fused_adamw_(
                     [member.value[part]], [gradient[part]], [member.mean[part]], [member.square[part]], [],
-                    [self.count], lr=rate, beta1=self.betas[0], beta2=self.betas[1], weight_decay=decay, eps=EPS,
+                    [number], lr=rate, beta1=self.betas[0], beta2=self.betas[1], weight_decay=decay, eps=EPS,
                     amsgrad=False, maximize=False,
                 )  # fmt: skip
 
@@ -111,15 +117,17 @@ class Stacked:
             for i, of_member in enumerate(moments):
                 of_member[name] = (mean[i], square[i])
 
-    def step(self, rates: Tensor) -> None:
+    def advance(self) -> Tensor:
         self.count += 1
-        remaining = bias_corrections(self.log_betas, self.count)
+        return bias_corrections(self.log_betas, self.count)
+
+    def step(self, rates: Tensor, number: Tensor) -> None:
         stacks, gradients = list(self.pack.stacks.values()), list(self.pack.gradient_stacks.values())
         scale = None
         if self.clip is not None:
             norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
             scale = (self.clip / (norms + 1e-6)).clamp(max=1.0)
         adamw(
-            stacks, gradients, self.means, self.squares, self.decayed, rates, self.decays, remaining,
+            stacks, gradients, self.means, self.squares, self.decayed, rates, self.decays, number,
             scale, betas=self.betas, eps=EPS,
         )  # fmt: skip

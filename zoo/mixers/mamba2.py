@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zoo.errors import ConfigError
 from zoo.kernels.backend import state_dtype
@@ -16,8 +18,9 @@ from zoo.kernels.linear_recurrence import linear_recurrence
 from zoo.kernels.projections import projections
 from zoo.kernels.short_conv import short_conv
 from zoo.kernels.ssd_inputs import ssd_inputs
+from zoo.kernels.streams import join, lane
 from zoo.mixers.base import LayerInfo
-from zoo.mixers.recurrent import Pick, ReadoutMixer, everywhere
+from zoo.mixers.recurrent import Pick, ReadoutMixer, beside, everywhere
 
 
 class Mamba2State(NamedTuple):
@@ -88,19 +91,29 @@ class Mamba2(ReadoutMixer):
         cache, ssm = (None, None) if state is None else state
         inner, convolved, _ = self.splits
         sizes = [inner, convolved - inner]
-        z, x, BC, dt = projections(x, *self.in_proj.weight.split([inner, *sizes, H]))
+        W_z, *others = self.in_proj.weight.split([inner, *sizes, H])
+        if pick is everywhere:
+            z, x, BC, dt = projections(x, W_z, *others)
+        else:
+            (x,), (asked,) = beside(pick, x)
+            z = F.linear(asked, W_z)
+            x, BC, dt = projections(x, *others)
         taps = zip(self.conv_weight.split(sizes), self.conv_bias.split(sizes), strict=True)
         caches = (None, None) if cache is None else cache.split(sizes, dim=-1)
-        # Apart, so that their gradients need not be put together.
-        (x, x_cache), (BC, BC_cache) = (
-            short_conv(y, weight, bias, "silu", initial_state=before, return_state=return_state)
-            for y, (weight, bias), before in zip((x, BC), taps, caches, strict=True)
+        # Apart, so that their gradients need not be put together and neither waits for the other.
+        conv_x, conv_BC = (
+            functools.partial(short_conv, y, *tap, "silu", initial_state=before, return_state=return_state)
+            for y, tap, before in zip((x, BC), taps, caches, strict=True)
         )
-        x, (B, C) = x.unflatten(-1, (H, -1)), BC.unflatten(-1, (2, G, N)).unbind(2)
-        # The step multiplies B, which has fewer channels than x in all but the largest states.
-        q, k, decay = ssd_inputs(C, B, dt, self.dt_bias, self.A_log)
+        with lane(x, "keys"):
+            mixed, BC_cache = conv_BC()
+            # The step multiplies B, which has fewer channels than x in all but the largest states.
+            q, k, decay = ssd_inputs(mixed.unflatten(-1, (2, G, N)), dt, self.dt_bias, self.A_log)
+        x, x_cache = conv_x()
+        join(x, "keys")
+        x = x.unflatten(-1, (H, -1))
         y, ssm = linear_recurrence(q, k, x, decay, skip=self.D, initial_state=ssm, return_state=return_state)
-        y, z = (pick(t.flatten(2)).unflatten(-1, (G, -1)) for t in (y, z))
+        y, z = (t.unflatten(-1, (G, -1)) for t in (pick(y.flatten(2)), z))
         y = self.out_proj(gated_norm(y, z, self.norm_weight.view(G, -1), gate_first=True).flatten(2))
         if x_cache is None or BC_cache is None or ssm is None:
             return y, None

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import zoo.kernels.token_embedding.triton  # noqa: F401 - the op of its gradient
 from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.launch import check_launch, fold_batch
 from zoo.kernels.residual_norm.kernels import standardised
 from zoo.kernels.residual_norm.triton import residual_norm  # noqa: F401 - the op of its gradient
+from zoo.kernels.token_embedding.triton import gradient, sorted_places
 
 # Elements of a program.
 BLOCK = 2048
@@ -100,16 +100,16 @@ def forward_kernel(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tokens, table, weight, _, ctx.has_bias, ctx.rms, ctx.eps, _ = inputs
+    ctx.places = sorted_places(tokens, table.shape[1])
     ctx.save_for_backward(tokens, table, weight, output[0])
 
 
 def _gradients(ctx: Any, dstream: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
-    tokens, table, weight, stream = ctx.saved_tensors
+    _, table, weight, stream = ctx.saved_tensors
     dx, _, dweight, dbias = torch.ops.zoo.residual_norm_backward(
         stream, weight, dstream, dnormed, False, ctx.has_bias, ctx.rms, ctx.eps, stream.dtype
     )
-    dtable = torch.ops.zoo.token_embedding_backward(tokens, dx, table)
-    return None, dtable, dweight, dbias if ctx.has_bias else None, *[None] * 4
+    return None, gradient(ctx.places, dx, table), dweight, dbias if ctx.has_bias else None, *[None] * 4
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.kernels.launch import Config, cast, check_launch, configured, fold_batch, padded, precision, rows
 from zoo.kernels.linear import kernels
 from zoo.kernels.parts import sum_all
+from zoo.kernels.streams import join, lane
 
 # Programs that share the rows of the weights' gradients: as many as run at once, and few enough to add up.
 PROGRAMS = 128
@@ -60,8 +62,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, has_bias: bool) -> tuple[Tensor, 
 @torch.library.custom_op("zoo::linear_backward", mutates_args=())
 def _backward(x: Tensor, weight: Tensor, given: Tensor, dy: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, dy = rows(x), dy.contiguous()
+    with lane(x, "weights"):
+        dweight, *dbias = weight_gradients(x, [dy], has_bias, weight.dtype)
     dx = torch.bmm(dy, given if given.numel() else weight)
-    dweight, *dbias = (total.squeeze(0) for total in sum_all(weight_parts(x, [dy], has_bias), weight.dtype))
+    join(x, "weights")
     return dx, dweight, dbias[0] if has_bias else weight.new_empty(len(weight), 0)
 
 
@@ -71,22 +75,20 @@ def _(x: Tensor, weight: Tensor, given: Tensor, dy: Tensor, has_bias: bool) -> t
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(groups, N if has_bias else 0)
 
 
-def weight_parts(x: Tensor, dys: list[Tensor], has_bias: bool = False) -> list[Tensor]:
-    """For each dy dy^T x (1, parts, groups, N, K) and, if asked, sums of dy (1, parts, groups, N), for `sum_all`.
+def weight_gradients(x: Tensor, dys: list[Tensor], has_bias: bool, dtype: torch.dtype) -> list[Tensor]:
+    """For each dy dy^T x (groups, N, K) and, if asked, the sum of dy (groups, N), summed in fp32, in `dtype`.
 
-    In fp32, and in one launch where rows of all dy begin at 32 bytes. x (groups, M, K) with a channel stride of 1, each
-    dy (groups, M, N) contiguous.
+    x (groups, M, K) with a channel stride of 1, each dy (groups, M, N) contiguous.
     """
-    wide = [i for i, dy in enumerate(dys) if dy.shape[2] % 16 == 0]
-    launches = [wide] if wide else []
-    launches += [[i] for i in range(len(dys)) if i not in wide]
-    found: dict[int, list[Tensor]] = {}
-    for these in launches:
-        found |= zip(these, _weight_parts(x, [dys[i] for i in these], has_bias), strict=True)
-    return [part for i in range(len(dys)) for part in found[i]]
+    # In one launch rows of all dy must begin at 32 bytes: to copy what is narrow takes less than a launch of its own.
+    wide = [F.pad(dy, (0, -dy.shape[2] % 16)) if dy.shape[2] % 16 else dy for dy in dys]
+    totals = [total.squeeze(0) for total in sum_all(_weight_parts(x, wide, has_bias), dtype)]
+    sizes = [dy.shape[2] for dy in dys for _ in range(1 + has_bias)]
+    return [total[:, :N] for total, N in zip(totals, sizes, strict=True)]
 
 
-def _weight_parts(x: Tensor, dys: list[Tensor], has_bias: bool) -> list[list[Tensor]]:
+def _weight_parts(x: Tensor, dys: list[Tensor], has_bias: bool) -> list[Tensor]:
+    """Each (1, parts, groups, N, K) or (1, parts, groups, N), in fp32, in one launch."""
     groups, M, K = x.shape
     sizes = tuple(dy.shape[2] for dy in dys)
     config = configured("linear.weight", weight_config, x, sum(sizes))
@@ -105,7 +107,8 @@ def _weight_parts(x: Tensor, dys: list[Tensor], has_bias: bool) -> list[list[Ten
         COUNT=len(dys), ROWS=config.chunk, COLUMNS=config.block, BLOCK_K=min(128, padded(K)), BIAS=has_bias,
         PRECISION=precision(x), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return [[dweight, dbias][: 1 + has_bias] for dweight, dbias in zip(dweights, dbiases, strict=True)]
+    pairs = zip(dweights, dbiases, strict=True)
+    return [part for dweight, dbias in pairs for part in (dweight, dbias)[: 1 + has_bias]]
 
 
 def forward_config(x: Tensor, N: int) -> Config:

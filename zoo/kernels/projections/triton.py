@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.kernels.launch import Config, check_launch, configured, fold_batch, padded, precision, rows
-from zoo.kernels.linear.triton import weight_parts
-from zoo.kernels.parts import sum_all
+from zoo.kernels.linear.triton import weight_gradients
 from zoo.kernels.projections import kernels
+from zoo.kernels.streams import join, lane
 
 # Channels of x that a program can hold, with the sums of its gradient.
 WIDEST = 128
@@ -68,18 +68,11 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """dx, and the other gradients in fp32; the weights are in x's dtype."""
     x, dys = rows(x), [dy.contiguous() for dy in dys]
-    sums = [total.squeeze(0) for total in sum_all(weight_parts(x, dys, has_biases), torch.float32)]
-    dweights, dbiases = sums[:: 1 + has_biases], sums[1::2] if has_biases else []
-    if x.shape[2] > WIDEST:
-        pairs = [(_widened(dy, 2), _widened(w, 1)) for dy, w in zip(dys, weights, strict=True)]
-        dx = torch.bmm(*pairs[0])
-        for pair in pairs[1:]:
-            dx.baddbmm_(*pair)
-        return dx, dweights, dbiases
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    programs, given, arguments, options = _prepared(x, weights, configured("projections.input", input_config, x))
-    kernels.input_kernel[(programs,)](tuple(dys), given, dx, x.shape[1], *arguments, **options)
-    return dx, dweights, dbiases
+    with lane(x, "weights"):
+        sums = weight_gradients(x, dys, has_biases, torch.float32)
+    dx = _input_gradient(x, weights, dys)
+    join(x, "weights")
+    return dx, sums[:: 1 + has_biases], sums[1::2] if has_biases else []
 
 
 @_backward.register_fake
@@ -89,6 +82,19 @@ def _(
     dweights = [weight.new_empty(weight.shape, dtype=torch.float32) for weight in weights]
     dbiases = [weight.new_empty(weight.shape[:2], dtype=torch.float32) for weight in weights if has_biases]
     return x.new_empty(x.shape), dweights, dbiases
+
+
+def _input_gradient(x: Tensor, weights: list[Tensor], dys: list[Tensor]) -> Tensor:
+    if x.shape[2] > WIDEST:
+        pairs = [(_widened(dy, 2), _widened(w, 1)) for dy, w in zip(dys, weights, strict=True)]
+        dx = torch.bmm(*pairs[0])
+        for pair in pairs[1:]:
+            dx.baddbmm_(*pair)
+        return dx
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    programs, given, arguments, options = _prepared(x, weights, configured("projections.input", input_config, x))
+    kernels.input_kernel[(programs,)](tuple(dys), given, dx, x.shape[1], *arguments, **options)
+    return dx
 
 
 def forward_config(x: Tensor) -> Config:

@@ -18,11 +18,10 @@ def _shared(x, member, token, g, m_stride, t_stride, g_stride, n, live, N: tl.co
 
 @kernel
 def forward_kernel(
-    C, B, dt, bias, log_A, q, k, decay, M, G, steps, parts,
-    C_m, C_t, C_g, B_m, B_t, B_g, dt_m, dt_t,
+    BC, dt, bias, log_A, q, k, decay, M, G, steps, parts, BC_m, BC_t, BC_s, BC_g, dt_m, dt_t,
     R: tl.constexpr, N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """C and B (members, M, G, N), dt (members, M, G R), bias and log_A (members, G R)."""
+    """BC (members, M, 2, G, N), dt (members, M, G R), bias and log_A (members, G R)."""
     wait_for_earlier()
     part, which = tl.program_id(0) % parts, tl.program_id(0) // parts
     member, g = (which // G).to(tl.int64), which % G
@@ -39,15 +38,15 @@ def forward_kernel(
         tl.store(decay + heads, b_dt * b_A[None, :], mask=heads_mask)
         keys = heads[:, :, None] * N + n[None, None, :]
         mask = heads_mask[:, :, None] & (n < N)[None, None, :]
-        b_C = _shared(C, member, token, g, C_m, C_t, C_g, n, live, N)
-        b_B = _shared(B, member, token, g, B_m, B_t, B_g, n, live, N).to(tl.float32)
+        b_B = _shared(BC, member, token, g, BC_m, BC_t, BC_g, n, live, N).to(tl.float32)
+        b_C = _shared(BC + BC_s, member, token, g, BC_m, BC_t, BC_g, n, live, N)
         tl.store(q + keys, tl.broadcast_to(b_C, [ROWS, BLOCK_R, BLOCK_N]), mask=mask)
         tl.store(k + keys, (b_dt[:, :, None] * b_B).to(k.dtype.element_ty), mask=mask)
 
 
 @kernel
 def backward_kernel(
-    B, dt, bias, log_A, dq, dk, ddecay, dC, dB, ddt, dbias, dlog_A, M, G, steps, parts, B_m, B_t, B_g, dt_m, dt_t,
+    BC, dt, bias, log_A, dq, dk, ddecay, dBC, ddt, dbias, dlog_A, M, G, steps, parts, BC_m, BC_t, BC_g, dt_m, dt_t,
     R: tl.constexpr, N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dbias and dlog_A (members G, parts, R): sums over a program's tokens."""
@@ -68,7 +67,7 @@ def backward_kernel(
         heads = ((member * M + token) * G * R + g * R)[:, None] + r[None, :]
         keys = heads[:, :, None] * N + n[None, None, :]
         mask = heads_mask[:, :, None] & (n < N)[None, None, :]
-        b_B = _shared(B, member, token, g, B_m, B_t, B_g, n, live, N).to(tl.float32)
+        b_B = _shared(BC, member, token, g, BC_m, BC_t, BC_g, n, live, N).to(tl.float32)
         b_dk = tl.load(dk + keys, mask=mask, other=0.0).to(tl.float32)
         b_dq = tl.load(dq + keys, mask=mask, other=0.0).to(tl.float32)
         b_ddecay = tl.load(ddecay + heads, mask=heads_mask, other=0.0)
@@ -76,10 +75,10 @@ def backward_kernel(
         tl.store(ddt + heads, slope.to(ddt.dtype.element_ty), mask=heads_mask)
         sum_bias += tl.where(heads_mask, slope, 0.0)
         sum_A += b_ddecay * b_dt * b_A[None, :]
-        shared = (((member * M + token) * G + g) * N)[:, None] + n[None, :]
+        shared = (((member * M + token) * 2 * G + g) * N)[:, None] + n[None, :]
         shared_mask = live[:, None] & (n < N)[None, :]
-        tl.store(dC + shared, tl.sum(b_dq, 1).to(dC.dtype.element_ty), mask=shared_mask)
-        tl.store(dB + shared, tl.sum(b_dk * b_dt[:, :, None], 1).to(dB.dtype.element_ty), mask=shared_mask)
+        tl.store(dBC + shared, tl.sum(b_dk * b_dt[:, :, None], 1).to(dBC.dtype.element_ty), mask=shared_mask)
+        tl.store(dBC + G * N + shared, tl.sum(b_dq, 1).to(dBC.dtype.element_ty), mask=shared_mask)
     to = tl.program_id(0) * R + r
     tl.store(dbias + to, tl.sum(sum_bias, 0), mask=r < R)
     tl.store(dlog_A + to, tl.sum(sum_A, 0), mask=r < R)

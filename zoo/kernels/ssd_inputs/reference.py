@@ -8,7 +8,8 @@ from torch import Tensor
 from zoo.kernels.backend import state_dtype
 
 
-def ssd_inputs(C: Tensor, B: Tensor, dt: Tensor, bias: Tensor, log_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def ssd_inputs(BC: Tensor, dt: Tensor, bias: Tensor, log_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    B, C = BC.unbind(2)
     wide = state_dtype(dt.dtype)
     heads = range(dt.shape[2])
     group = [h * B.shape[2] // dt.shape[2] for h in heads]

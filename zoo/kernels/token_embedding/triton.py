@@ -5,13 +5,14 @@ Every tensor of the custom ops has the groups, tables of their own, as its first
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from zoo.kernels.launch import check_launch, fold_batch
+from zoo.kernels.streams import join, lane
 from zoo.kernels.token_embedding import kernels
 
 LIMIT = 512
@@ -47,13 +48,11 @@ def _(tokens: Tensor, table: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("zoo::token_embedding_backward", mutates_args=())
-def _backward(tokens: Tensor, dx: Tensor, table: Tensor) -> Tensor:
+def _backward(sorted_tokens: Tensor, order: Tensor, ends: Tensor, dx: Tensor, table: Tensor) -> Tensor:
+    """The first three as `Places` has them; dx (groups, M, D)."""
     groups, V, D = table.shape
-    sorted_tokens, order = _rows(tokens, V).flatten().sort(stable=True)
     places = len(order)
     out = torch.empty(groups, V, D, dtype=table.dtype, device=table.device)
-    numbers = torch.arange(groups * V, dtype=sorted_tokens.dtype, device=table.device)
-    ends = torch.searchsorted(sorted_tokens, numbers, right=True, out_int32=True)
     blocks = triton.cdiv(places, LIMIT)
     sums = torch.empty(blocks, 2, D, dtype=torch.float32, device=table.device)
     block = triton.next_power_of_2(D)
@@ -69,8 +68,30 @@ def _backward(tokens: Tensor, dx: Tensor, table: Tensor) -> Tensor:
 
 
 @_backward.register_fake
-def _(tokens: Tensor, dx: Tensor, table: Tensor) -> Tensor:
+def _(sorted_tokens: Tensor, order: Tensor, ends: Tensor, dx: Tensor, table: Tensor) -> Tensor:
     return table.new_empty(table.shape)
+
+
+class Places(NamedTuple):
+    """Tokens of all groups in order, where each stood before, and where in that order each row of the tables ends."""
+
+    tokens: Tensor
+    order: Tensor
+    ends: Tensor
+
+
+def sorted_places(tokens: Tensor, V: int) -> Places:
+    """What the backward pass needs of tokens (groups, M), made beside the forward pass: only `gradient` joins it."""
+    with lane(tokens, "places"):
+        sorted_tokens, order = _rows(tokens, V).flatten().sort(stable=True)
+        numbers = torch.arange(len(tokens) * V, dtype=sorted_tokens.dtype, device=tokens.device)
+        return Places(sorted_tokens, order, torch.searchsorted(sorted_tokens, numbers, right=True, out_int32=True))
+
+
+def gradient(places: Places, dx: Tensor, table: Tensor) -> Tensor:
+    """Of the tables (groups, V, D)."""
+    join(dx, "places")
+    return torch.ops.zoo.token_embedding_backward(*places, dx, table)
 
 
 def _rows(tokens: Tensor, V: int) -> Tensor:
@@ -82,14 +103,15 @@ def _rows(tokens: Tensor, V: int) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    tokens, table = inputs
+    ctx.places = sorted_places(tokens, table.shape[1])
+    # The tokens too, which are being sorted.
+    ctx.save_for_backward(tokens, table)
 
 
 def _gradients(ctx: Any, dx: Tensor) -> tuple[None, Tensor]:
-    tokens, table = ctx.saved_tensors
-    return None, torch.ops.zoo.token_embedding_backward(tokens, dx, table)
+    return None, gradient(ctx.places, dx, ctx.saved_tensors[1])
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 fold_batch(_forward)
-fold_batch(_backward)
