@@ -183,6 +183,7 @@ ENTRY = ("data", "train", 0)
         (change(["variants"], []), ["the grid is empty", "variants"]),
         (change(["variants"], {"model": {}}), ["variants", "must be a list of mappings"]),
         (change(["model"], None), ["model: None is not allowed"]),
+        *((change(["name"], name), ["name: ", "--run FOLDER"]) for name in ("", "../x", "/x", "..", None, ["a", "b"])),
     ],
 )
 def test_bad_settings(data, messages):

@@ -258,7 +258,12 @@ class Sweep:
                 trials.setdefault(trial.key, trial)
         if not trials:
             raise ConfigError("the grid is empty: `variants` has no entries; give it at least one, or leave it out.")
-        return cls(str(source.get("name", default_name)), list(trials.values()), source)
+        name = source.get("name", default_name)
+        if not isinstance(name, str | int | float) or str(name) in ("", ".", "..") or set(str(name)) & {"/", "\\"}:
+            raise ConfigError(
+                f"name: {name!r} must be text without slashes: the run folder is runs/NAME; --run FOLDER is for any other."
+            )
+        return cls(str(name), list(trials.values()), source)
 
 
 _SWEEP_KEYS = ("name", *Trial.model_fields, "variants")
