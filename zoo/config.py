@@ -261,7 +261,7 @@ class Sweep:
         name = source.get("name", default_name)
         if not isinstance(name, str | int | float) or str(name) in ("", ".", "..") or set(str(name)) & {"/", "\\"}:
             raise ConfigError(
-                f"name: {name!r} must be text without slashes: the run folder is runs/NAME; --run FOLDER is for any other."
+                f"name: {name!r} must be text without slashes, for the folder runs/NAME; for another: --run FOLDER."
             )
         return cls(str(name), list(trials.values()), source)
 
