@@ -1,7 +1,8 @@
-"""Kernels that start early: their programs take their places while those of the kernel before them end.
+"""Kernels that start early: what it takes to launch one happens while the kernel before it still writes its results.
 
-This is CUDA's programmatic dependent launch, for compute capability 9 or newer, in CUDA graphs too. It spares most of
-the 1 to 3 us between two kernels, which are a large part of a small model's step.
+This is CUDA's programmatic dependent launch, for compute capability 9 or newer, in CUDA graphs too. It spares about half
+a microsecond between two kernels, of which a small model's step has a hundred. That a kernel lets the next one's
+programs take places as soon as its own have them (`gdc_launch_dependents`) made long kernels 5 % slower.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
 _CAPABILITY = tl.constexpr(9)
@@ -24,8 +25,6 @@ _COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 def wait_for_earlier():
     """The first line of every `kernel`: until earlier kernels have written what they write, no memory is touched."""
     if _COMPILED and cuda_capability_geq(_CAPABILITY):
-        # From here on the next kernel's programs may take free places; they wait in their own first line.
-        gdc_launch_dependents()
         gdc_wait()
 
 

