@@ -3,8 +3,9 @@
     G_t = a_{t+1} G_{t+1} + C_t dy_t         dA = sum_t dt_t (a_t h_{t-1} G_t)
 
 The forward keeps the state before each chunk. From it a_t h_{t-1} within the chunk are made once more, and held in
-registers. Sums over channels, dB and dC, are matrix products, see `over_channels`. A thread has all the registers there
-are: more warps with fewer of them, or with fewer states each, were slower.
+registers. Sums over channels, dB and dC, are matrix products: in the form that Mamba has in bf16 from registers, see
+`lane_sums`, else from shared memory, see `over_channels`. A thread has all the registers there are: more warps with
+fewer of them, or with fewer states each, were slower.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from zoo.kernels.selective_scan.kernels import (
     spread,
     steps_of,
 )
+from zoo.kernels.selective_scan.lane_sums import constants, lane_sums, store_lane_sums
 from zoo.kernels.tiles import LOG2E
 
 
@@ -63,23 +65,25 @@ def only(a, b):
 
 @triton.jit
 def in_rows(x, dtype: tl.constexpr):
-    """(LANES, NT, NK, NI) -> (LANES / 2, 2 N)."""
-    return tl.reshape(x.to(dtype), (x.shape[0] // 2, 2 * x.shape[1] * x.shape[2] * x.shape[3]))
+    """(LANES, NT, NK, NI) -> (LANES / 2, 2, N)."""
+    return tl.reshape(x.to(dtype), (x.shape[0] // 2, 2, x.shape[1] * x.shape[2] * x.shape[3]))
 
 
 @triton.jit
 def over_channels(a, b, pairs, PRECISION: tl.constexpr):
-    """sum_d x_nd v_d of two steps' x (LANES / 2, 2 N), v as `in_pairs` has it -> (2 N, 8) each, for `store_sums`.
+    """sum_d x_nd v_d of two steps' x (LANES / 2, 2, N), v as `in_pairs` has it -> (2 N, 8) each, for `store_sums`.
 
-    Channels go in pairs, the states of one beside those of the other: where neighbouring threads lie along the rows of
-    a matrix, Triton lets each store all its states at once in shared memory, from which tensor cores take it.
+    Channels go in pairs, both steps of one beside those of the other: where neighbouring threads lie along the rows of
+    a matrix, Triton lets each store all its states at once in shared memory, from which tensor cores take it; in this
+    order no two of them want the same bank.
     """
     K: tl.constexpr = a.shape[0]
-    M: tl.constexpr = a.shape[1]
+    N: tl.constexpr = a.shape[2]
     # The reduction of an axis of 1 hides the joining, from which Triton would conclude that x was of 8 bits once.
-    x = tl.reduce(tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (K, 2 * M, 1)), 2, only)
+    x = tl.reduce(tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (K, 4 * N, 1)), 2, only)
     sums = tl.dot(tl.trans(x), pairs, input_precision=PRECISION)
-    return tl.split(tl.permute(tl.reshape(sums, (2, M, 8)), (1, 2, 0)))
+    first, second = tl.split(tl.permute(tl.reshape(sums, (2, 2, N, 8)), (0, 2, 3, 1)))
+    return tl.reshape(first, (2 * N, 8)), tl.reshape(second, (2 * N, 8))
 
 
 @triton.jit
@@ -101,7 +105,7 @@ def backward_kernel(
     LANES: tl.constexpr, S: tl.constexpr, WHOLE: tl.constexpr,
     DT_BY_STEP: tl.constexpr, B_BY_STEP: tl.constexpr, C_BY_STEP: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what sequences share are parts with a leading batch axis; dB and dC by step have one part of `part`
     elements, (B, T, N), for each block of channels.
@@ -129,7 +133,7 @@ def backward_kernel(
         dC += tl.cast(block, tl.int64) * part + (b * T + last) * N
     # Nothing depends on what comes after the last output that has a gradient.
     if not HAS_LAST:
-        zeros = tl.zeros((2 * PADDED, 8), tl.float32)
+        zeros = tl.zeros((LANES, NT, NK, NI), tl.int8) if IN_REGISTERS else tl.zeros((2 * PADDED, 8), tl.float32)
         while (latest > 0) & all_zero(load_steps(dy, dy_t, d, T - latest, D, S, WHOLE)):
             for i in tl.static_range(S):
                 here = storing & channels(d, i, T - latest, D, WHOLE)
@@ -142,11 +146,15 @@ def backward_kernel(
             dz -= S * D
             if DT_BY_STEP:
                 ddt -= S * D
+            if IN_REGISTERS:
+                store_lane_sums(dB, dC, zeros, T - latest, WHOLE)
             if B_BY_STEP:
-                store_sums(dB, zeros, T - latest, N, PADDED)
+                if not IN_REGISTERS:
+                    store_sums(dB, zeros, T - latest, N, PADDED)
                 dB -= S * N
             if C_BY_STEP:
-                store_sums(dC, zeros, T - latest, N, PADDED)
+                if not IN_REGISTERS:
+                    store_sums(dC, zeros, T - latest, N, PADDED)
                 dC -= S * N
             dy -= S * dy_t
             latest -= S
@@ -188,6 +196,8 @@ def backward_kernel(
     # B of all steps of a chunk, once more for the states.
     row = tl.arange(0, 4)[:, None]
     all_B_at = P + row * P_t + tl.arange(0, PADDED)[None, :]
+    if IN_REGISTERS:
+        given = constants(b_A)
     # a_{t+1} G_{t+1}
     carry = tl.zeros((LANES, NT, NK, NI), tl.float32)
     if HAS_LAST:
@@ -230,10 +240,12 @@ def backward_kernel(
                 b_dt = dts[i]
             gated = gated + (b_dy,)  # type: ignore[assignment]  # noqa: RUF005
             us = us + (b_dt * xs[i].to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-        if B_BY_STEP:
+        if IN_REGISTERS:
+            sums = tl.zeros((LANES, NT, NK, NI), tl.int8)
+        if B_BY_STEP and not IN_REGISTERS:
             u_pairs = in_pairs(us, DTYPE)
             tile_dB = tl.zeros((2 * PADDED, 8), tl.float32)
-        if C_BY_STEP:
+        if C_BY_STEP and not IN_REGISTERS:
             dy_pairs = in_pairs(gated, DTYPE)
             tile_dC = tl.zeros((2 * PADDED, 8), tl.float32)
         h = next_h.to(tl.float32)
@@ -250,7 +262,9 @@ def backward_kernel(
             decayed = decayed + (decay * h,)  # type: ignore[assignment]  # noqa: RUF005
             h = decayed[i] + us[i][:, :, None, None] * b_B
             decays = decays + (decay,)  # type: ignore[assignment]  # noqa: RUF005
-            if C_BY_STEP:
+            if IN_REGISTERS:
+                sums = lane_sums(sums, h, gated[i], given, 2 * i + 1)
+            elif C_BY_STEP:
                 hs = hs + (in_rows(h, DTYPE),)  # type: ignore[assignment]  # noqa: RUF005
                 if i % 2 == 1:
                     even, odd = over_channels(hs[i - 1], hs[i], dy_pairs, PRECISION)
@@ -270,7 +284,9 @@ def backward_kernel(
             b_x, b_dy = xs[i].to(tl.float32), gated[i]
             G = carry + b_C * b_dy[:, :, None, None]
             du = over_states(G * b_B)
-            if B_BY_STEP:
+            if IN_REGISTERS:
+                sums = lane_sums(sums, G, us[i], given, 2 * i)
+            elif B_BY_STEP:
                 Gs = Gs + (in_rows(G, DTYPE),)  # type: ignore[assignment]  # noqa: RUF005
                 if i % 2 == 0:
                     odd, even = over_channels(Gs[2 - i], Gs[3 - i], u_pairs, PRECISION)
@@ -325,11 +341,15 @@ def backward_kernel(
         dz -= S * D
         if DT_BY_STEP:
             ddt -= S * D
+        if IN_REGISTERS:
+            store_lane_sums(dB, dC, sums, live, WHOLE)
         if B_BY_STEP:
-            store_sums(dB, tile_dB, live, N, PADDED)
+            if not IN_REGISTERS:
+                store_sums(dB, tile_dB, live, N, PADDED)
             dB -= S * N
         if C_BY_STEP:
-            store_sums(dC, tile_dC, live, N, PADDED)
+            if not IN_REGISTERS:
+                store_sums(dC, tile_dC, live, N, PADDED)
             dC -= S * N
 
     tl.store(dA + b * D * N + state, b_dA, mask=inside)

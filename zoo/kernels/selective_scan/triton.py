@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch, rows
+from zoo.kernels.launch import INTERPRETED, Config, check_launch, configured, empty_like, fold_batch, rows
 from zoo.kernels.selective_scan.backward_kernels import backward_kernel, sum_kernel
 from zoo.kernels.selective_scan.forward_kernels import forward_kernel
 
@@ -73,7 +73,7 @@ def _forward(
     A, D, dt_bias and, of dt, B and C, those that are not `by_step` have groups as their first axis.
     """
     batch, T, channels = x.shape
-    config = configured("selective_scan.forward", config_of, A.shape[2])
+    config = configured("selective_scan.forward", forward_config, A.shape[2], channels)
     tensors, strides, options = _prepared(x, dt, A, B, C, D, z, dt_bias, by_step, config)
     blocks = triton.cdiv(channels, config.block)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -126,7 +126,7 @@ def _backward(
     """Of x, dt, A, B, C, D, z, dt_bias and the initial state; those without an input have no elements."""
     batch, T, channels = x.shape
     groups, _, N = A.shape
-    config = configured("selective_scan.backward", config_of, N)
+    config = configured("selective_scan.backward", backward_config, N)
     tensors, strides, options = _prepared(x, dt, A, B, C, D, z, dt_bias, by_step, config)
     blocks = triton.cdiv(channels, config.block)
     dy = rows(dy)
@@ -150,6 +150,7 @@ def _backward(
         sums["C"][0], dD, dz, dbias, dfirst, T, batch // groups, batch * T * N, *strides, dy.stride(0),
         dy_t=dy.stride(1), **options, HAS_FIRST=has_first, HAS_LAST=dlast is not None,
         PRECISION="tf32" if x.dtype == torch.bfloat16 else "tf32x3",
+        IN_REGISTERS=_in_registers(x, N, by_step, config),
     )  # fmt: skip
     done = _sum_parts(sums)
     dB, dC = (done[name][0] if steps else done[name] for name, steps in (("B", by_step[1]), ("C", by_step[2])))
@@ -201,7 +202,13 @@ fold_batch(_forward)
 fold_batch(_backward)
 
 
-def config_of(N: int) -> Config:
+def forward_config(N: int, channels: int) -> Config:
+    """As for the walk back; two warps that share B and C, where it was measured, take fewer registers each."""
+    one = backward_config(N)
+    return Config(CHUNK, block=64, num_warps=2, num_stages=1) if 8 < N <= 16 and channels > one.block else one
+
+
+def backward_config(N: int) -> Config:
     """block: channels of a program. A thread has up to 16 states of one."""
     num_warps = max(1, triton.next_power_of_2(N) // 16)
     return Config(CHUNK, block=32, num_warps=num_warps, num_stages=1)
@@ -236,6 +243,11 @@ def _prepared(
     D, dt_bias = (x if M is None else M.contiguous() for M in (D, dt_bias))
     options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return (x, dt, A.contiguous(), B, C, D, z, dt_bias), strides, options
+
+
+def _in_registers(x: Tensor, N: int, by_step: list[bool], config: Config) -> bool:
+    """Whether the walk back is of the form that `lane_sums` is for; the interpreter has no instructions."""
+    return x.dtype == torch.bfloat16 and N == 16 and all(by_step[1:]) and config[1:3] == (32, 1) and not INTERPRETED
 
 
 def _states(
