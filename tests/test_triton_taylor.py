@@ -1,4 +1,4 @@
-"""taylor_attention in Triton: all pairs, and the recurrence over features, against the recurrence in torch."""
+"""taylor_attention in Triton: all pairs, and states between chunks of them, against the recurrence in torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.triton_cases import inputs
 from zoo.kernels.launch import Config, forced
 from zoo.kernels.taylor_attention import TaylorState, taylor_attention
 from zoo.kernels.taylor_attention.features import taylor_features
+from zoo.state import map_tensors
 from zoo.testing.ops import check_op
 from zoo.testing.tolerances import TOLERANCES
 
@@ -51,20 +52,36 @@ def test_all_pairs_in_other_chunks(dtype):
     a = arguments(70, K=17, V=33, H=1, state=False)
     with ExitStack() as stack:
         for kernel in ("forward", "query_backward", "key_backward"):
-            stack.enter_context(forced(f"taylor_attention.quadratic_{kernel}", config))
+            stack.enter_context(forced(f"taylor_attention.{kernel}", config))
         a = {n: x.detach().to(dtype).requires_grad_() for n, x in a.items()}
         tolerance = TOLERANCES["taylor_attention"][dtype]
         check_op(partial(reference, **stateless), partial(fused, **stateless), a, tolerance)
 
 
 @pytest.mark.parametrize(("T", "K"), [(1, 3), (17, 1), (33, 4)])
-def test_the_recurrence(T, K):
+def test_a_state(T, K):
     """Output, both parts of the final state and every gradient, with and without an initial state."""
     check_op(reference, fused, arguments(T, K), FP32)
     options = {"eps": 0.5}
     check_op(partial(reference, **options), partial(fused, **options), arguments(T, K, state=False, seed=2), FP32)
 
 
-def test_a_long_sequence_without_a_state_recurs_too(monkeypatch):
-    monkeypatch.setattr(fused_module, "QUADRATIC_LENGTH", 16)
-    check_op(partial(reference, **stateless), partial(fused, **stateless), arguments(33, state=False), FP32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("state", [False, True])
+def test_chunks(state, dtype, monkeypatch):
+    """Three chunks, the last one short; the state's channels are not a power of 2, nor are its rows full."""
+    monkeypatch.setattr(fused_module, "chunk_length", lambda T, K: 32)
+    options = {"return_state": state, "eps": 0.5}
+    a = arguments(70, K=5, V=17, H=1, state=state)
+    a = {n: map_tensors(lambda x: x.detach().to(dtype).requires_grad_(), x) for n, x in a.items()}
+    with ExitStack() as stack:
+        for kernel in ("forward", "query_backward", "key_backward", "sums"):
+            stack.enter_context(forced(f"taylor_attention.{kernel}", Config(16, 16, 1, 1)))
+        tolerance = TOLERANCES["taylor_attention"][dtype]
+        check_op(partial(reference, **options), partial(fused, **options), a, tolerance)
+
+
+def test_long_sequences_are_cut_into_chunks_and_short_ones_are_not():
+    for K in (8, 16, 24, 32):
+        assert fused_module.chunk_length(2048, K) == 2048
+        assert fused_module.chunk_length(65536, K) <= 512

@@ -1,4 +1,4 @@
-"""taylor_attention with 16 feature channels as in BASED, and others: all pairs, and the recurrence where T is long."""
+"""taylor_attention with 16 feature channels as in BASED, and others: all pairs, and states between chunks of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from zoo.bench.case import SHAPES, SMALL, Case, Cost, Draw, Op, Shape, register
 from zoo.kernels.launch import Config
 from zoo.kernels.taylor_attention import taylor_attention
 from zoo.kernels.taylor_attention.features import num_features
-from zoo.kernels.taylor_attention.triton import QUADRATIC_LENGTH
 
 
 def _inputs(shape: Shape, draw: Draw, K: int) -> dict[str, Any]:
@@ -38,14 +37,11 @@ def _fused_chunk() -> Op:
 
 
 def _configs(shape: Shape) -> dict[str, list[Config]]:
-    kernels: tuple[str, ...]
-    if shape.T <= QUADRATIC_LENGTH:
-        kernels = ("quadratic_forward", "quadratic_query_backward", "quadratic_key_backward")
-        tried = ["64 64 4 1", "64 64 4 2", "64 64 4 3", "32 64 2 2", "32 64 1 2", "128 64 8 2"]
-    else:
-        kernels = ("recurrent_forward", "recurrent_backward")
-        tried = ["16 64 4 1", "16 64 4 2", "16 64 8 2", "32 64 8 2"]
-    return {f"taylor_attention.{kernel}": [Config(*map(int, c.split())) for c in tried] for kernel in kernels}
+    tried = ["64 64 4 1", "64 64 4 2", "64 64 4 3", "64 32 4 2", "32 32 2 2", "128 64 8 1", "128 64 8 2"]
+    pairs = [Config(*map(int, c.split())) for c in tried]
+    sums = [Config(*map(int, c.split())) for c in ("32 64 4 2", "64 64 4 1", "64 64 4 2", "64 64 8 2", "128 64 8 2")]
+    kernels = {f"taylor_attention.{kernel}": pairs for kernel in ("forward", "query_backward", "key_backward")}
+    return kernels | {"taylor_attention.sums": sums}
 
 
 for _K in (16, 8, 24, 32):
@@ -60,7 +56,7 @@ for _K in (16, 8, 24, 32):
             forward=partial(_least, K=_K, qk=2, vo=2, products=1),
             both=partial(_least, K=_K, qk=6, vo=6, products=3),
             peers={"fla parallel_based": _parallel, "fla fused_chunk_based": _fused_chunk},
-            shapes=SHAPES if _K == 16 else (SMALL,),
+            shapes=SHAPES if _K == 16 else (SMALL, SHAPES[-1]),
             configs=_configs,
         )
     )

@@ -8,10 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.backend import check_step
-from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.launch import Config, check_launch, configured, rows, step_op
 from zoo.kernels.taylor_attention.features import num_features
-from zoo.kernels.taylor_attention.recurrent_kernels import feature
 
 
 def taylor_attention(
@@ -57,13 +55,12 @@ def step_config(K: int, V: int) -> Config:
     return Config(64 if K <= 32 else 128, min(triton.next_power_of_2(V), 16), 1 if K <= 32 else 4, 1)
 
 
-@kernel
+@triton.jit
 def step_kernel(
     q, k, v, S, z, o, S_after, z_after, H, eps, q_b, q_h, k_b, k_h, v_b, v_h,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head and BLOCK columns of the state, ROWS features at a time."""
-    wait_for_earlier()
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     block = tl.program_id(0) % blocks
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -90,6 +87,23 @@ def step_kernel(
             tl.store(z_after + head * F + f, z_now, mask=f < F)
     total = tl.sum(terms, 0) / (tl.sum(weights) + eps)
     tl.store(o + head * V + j, total.to(o.dtype.element_ty), mask=j < V)
+
+
+@triton.jit
+def feature(f, K: tl.constexpr):
+    """The two channels of feature f, K standing for the factor 1, -1 where f >= F; and its weight."""
+    pair = f - 1 - K
+    left = tl.zeros_like(f)
+    for m in tl.static_range(1, K):
+        left += (pair >= m * K - m * (m - 1) // 2).to(tl.int32)
+    right = pair - (left * K - left * (left - 1) // 2) + left
+    weight = tl.where(left == right, 0.7071067811865476, 1.0) * (1.0 / K) ** 0.5
+    single = pair < 0
+    left = tl.where(single, K, left)
+    right = tl.where(single, tl.where(f == 0, K, f - 1), right)
+    weight = tl.where(single, tl.where(f == 0, 1.0, (1.0 / K) ** 0.25), weight)
+    valid = f < 1 + K + K * (K + 1) // 2
+    return tl.where(valid, left, -1), tl.where(valid, right, -1), weight
 
 
 @triton.jit

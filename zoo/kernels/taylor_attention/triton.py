@@ -1,4 +1,4 @@
-"""Fused Taylor attention: every pair of tokens where T is short, the recurrence over features where it is long.
+"""Fused Taylor attention: all pairs of tokens of a chunk, and sums over features between chunks.
 
 Every tensor of the custom ops has the batch as its first axis.
 """
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from zoo.errors import UnsupportedError
 from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch, padded, precision, rows
-from zoo.kernels.taylor_attention import quadratic_kernels, recurrent_kernels
+from zoo.kernels.taylor_attention import quadratic_kernels, state_kernels
 from zoo.kernels.taylor_attention.features import num_features
 
 LARGEST_HEAD = 256
-LARGEST_RECURRENT = 32
-# Up to here all pairs cost less than the features do.
-QUADRATIC_LENGTH = 2048
+# With a state, whose second order has as many rows as pairs of channels.
+LARGEST_STATE = 32
+# Tokens of a chunk are a multiple of it: every kernel's block of them divides it.
+LARGEST_BLOCK = 128
 
 
 def taylor_attention(
@@ -34,10 +35,10 @@ def taylor_attention(
     dtype = check_launch("taylor_attention", q, k, v)
     K, V = q.shape[-1], v.shape[-1]
     stateful = initial_state is not None or return_state
-    if max(K, V) > LARGEST_HEAD or (stateful and K > LARGEST_RECURRENT):
+    if max(K, V) > LARGEST_HEAD or (stateful and K > LARGEST_STATE):
         raise UnsupportedError(
             f"taylor_attention: K = {K}, V = {V}; the Triton backend has up to {LARGEST_HEAD} channels, and keeps a "
-            f"state for up to {LARGEST_RECURRENT} feature channels. Pass impl='chunked'."
+            f"state for up to {LARGEST_STATE} feature channels. Pass impl='chunked'."
         )
     S, z = (None, None) if initial_state is None else (x.float() for x in initial_state)
     o, _, S, z = torch.ops.zoo.taylor_attention(q.to(dtype), k.to(dtype), v.to(dtype), S, z, return_state, eps)
@@ -48,29 +49,19 @@ def taylor_attention(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, S: Tensor | None, z: Tensor | None, return_state: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, the normaliser (B, T, H; as the form has it), S and z; the last two without elements unless return_state."""
+    """o, 1 / the normaliser (B, H, T), S and z; the last two without elements unless return_state."""
     B, T, H, K = q.shape
-    V, F = v.shape[-1], num_features(K)
     q, k, v = rows(q), rows(k), rows(v)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    n = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
+    n = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     last = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in _state_shapes(q, v, return_state)]
-    arguments = (T, H, K**-0.5, eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    if _quadratic(q, S, return_state):
-        config = configured("taylor_attention.quadratic_forward", quadratic_config, q, v, 3)
-        quadratic_kernels.forward_kernel[(B * H * triton.cdiv(T, config.chunk),)](
-            q, k, v, o, n, *arguments, **_quadratic_options(q, v, config)
-        )
-    else:
-        config = configured("taylor_attention.recurrent_forward", recurrent_config, q, v)
-        block = min(config.block, padded(V))
-        first = (q, q) if S is None or z is None else (S.contiguous(), z.contiguous())
-        recurrent_kernels.forward_kernel[(B * H * triton.cdiv(V, block),)](
-            q, k, v, o, n, *first, *last, *arguments,
-            K=K, V=V, F=F, BLOCK_K=padded(K), BLOCK=block, **_feature_tiles(F), C=config.chunk,
-            HAS_FIRST=S is not None, HAS_LAST=return_state, PRECISION=precision(q),
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    L = chunk_length(T, K)
+    sums = _sums(k, v, None, None, S, z, last[0], last[1], L)
+    config = configured("taylor_attention.forward", pair_config, q, v, 3)
+    quadratic_kernels.forward_kernel[(B * H * triton.cdiv(T, config.chunk),)](
+        q, k, v, o, n, *sums, T, H, L, K**-0.5, eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        HAS_STATE=S is not None or T > L, **_pair_options(q, v, config),
+    )  # fmt: skip
     return o, n, last[0], last[1]
 
 
@@ -79,7 +70,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, S: Tensor | None, z: Tensor | None, return_state: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     last = [q.new_empty(shape, dtype=torch.float32) for shape in _state_shapes(q, v, return_state)]
-    return v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=torch.float32), last[0], last[1]
+    return v.new_empty(v.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32), last[0], last[1]
 
 
 @torch.library.custom_op("zoo::taylor_attention_backward", mutates_args=())
@@ -98,39 +89,66 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and dS and dz of the initial state; these two without elements if there is none."""
     B, T, H, K = q.shape
-    V, F = v.shape[-1], num_features(K)
     q, k, v, do = rows(q), rows(k), rows(v), rows(do)
-    dv = empty_like(v, q)
-    dS_first, dz_first = empty_like(S, q), empty_like(z, q)
+    dq, dk, dv, dS_first, dz_first = (empty_like(x, q) for x in (q, k, v, S, z))
+    m = torch.empty_like(n)
+    nothing = q.new_empty(0)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
-    if _quadratic(q, S, return_state):
-        dq, dk, m = empty_like(q, q), empty_like(k, q), torch.empty_like(n)
-        config = configured("taylor_attention.quadratic_query_backward", quadratic_config, q, v, 1)
-        quadratic_kernels.query_kernel[(B * H * triton.cdiv(T, config.chunk),)](
-            q, k, v, o, n, do, m, dq, T, H, K**-0.5, *strides, **_quadratic_options(q, v, config)
-        )
-        config = configured("taylor_attention.quadratic_key_backward", quadratic_config, q, v, 1)
-        quadratic_kernels.key_kernel[(B * H * triton.cdiv(T, config.chunk),)](
-            q, k, v, n, do, m, dk, dv, T, H, K**-0.5, *strides, **_quadratic_options(q, v, config)
-        )
-        return dq, dk, dv, dS_first, dz_first
-
-    config = configured("taylor_attention.recurrent_backward", recurrent_config, q, v)
-    block = min(config.block, padded(V))
-    blocks = triton.cdiv(V, block)
-    parts = torch.empty(2, blocks, B, T, H, K, dtype=torch.float32, device=q.device)
-    dz_parts = torch.empty(B, H, blocks, F, dtype=torch.float32, device=q.device)
-    first = (q, q) if S is None or z is None else (S.contiguous(), z.contiguous())
-    last = (q, q) if dS is None or dz is None else (dS.contiguous(), dz.contiguous())
-    recurrent_kernels.backward_kernel[(3 * B * H * blocks,)](
-        q, k, v, o, n, *first, do, *last, parts[0], parts[1], dv, dS_first, dz_parts, T, H, K**-0.5, B * T * H * K,
-        *strides,
-        K=K, V=V, F=F, BLOCK_K=padded(K), BLOCK=block, **_feature_tiles(F), C=config.chunk,
-        HAS_FIRST=S is not None, HAS_LAST=dS is not None, PRECISION=precision(q),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+    L = chunk_length(T, K)
+    sums = _sums(k, v, None, None, S, z, nothing, nothing, L)
+    config = configured("taylor_attention.query_backward", pair_config, q, v, 1)
+    quadratic_kernels.query_kernel[(B * H * triton.cdiv(T, config.chunk),)](
+        q, k, v, o, n, do, m, dq, *sums, T, H, L, K**-0.5, *strides,
+        HAS_STATE=S is not None or T > L, HAS_FIRST=S is not None, **_pair_options(q, v, config),
     )  # fmt: skip
-    dq, dk = parts.sum(1).to(q.dtype)
-    return dq.clone(), dk.clone(), dv, dS_first, dz_first if z is None else dz_parts.sum(2)
+    sums = _sums(q, do, n, m, dS, dz, dS_first, dz_first, L)
+    config = configured("taylor_attention.key_backward", pair_config, q, v, 1)
+    quadratic_kernels.key_kernel[(B * H * triton.cdiv(T, config.chunk),)](
+        q, k, v, n, do, m, dk, dv, *sums, T, H, L, K**-0.5, *strides,
+        HAS_STATE=dS is not None or T > L, **_pair_options(q, v, config),
+    )  # fmt: skip
+    return dq, dk, dv, dS_first, dz_first
+
+
+def _sums(
+    x: Tensor,
+    y: Tensor,
+    n: Tensor | None,
+    m: Tensor | None,
+    S: Tensor | None,
+    z: Tensor | None,
+    S_last: Tensor,
+    z_last: Tensor,
+    L: int,
+) -> tuple[Tensor, Tensor]:
+    """S and z of `state_kernels.sum_kernel`, of which nothing is made that nobody asks for.
+
+    n and m are for the way back. The walk starts with S and z and ends in S_last and z_last, if they have elements.
+    """
+    B, T, H, K = x.shape
+    V = y.shape[-1]
+    keep, has_last = S is not None or T > L, S_last.numel() > 0
+    if not keep and not has_last:
+        return x, x
+    config = configured("taylor_attention.sums", sum_config, x, y)
+    chunks, channels, block = triton.cdiv(T, L), padded(K), min(config.block, padded(V))
+    rows_of, wide = state_rows(K), padded(K + 1)
+    groups = triton.cdiv(K, rows_of)
+    sums = (
+        x.new_empty((B, H, chunks, groups * rows_of * channels + wide, V) if keep else (0,)),
+        x.new_empty((B, H, chunks, wide, wide) if keep else (0,), dtype=torch.float32),
+    )
+    back = (x, x) if n is None or m is None else (n, m)
+    first = (x, x) if S is None or z is None else (S.contiguous(), z.contiguous())
+    state_kernels.sum_kernel[(B * H * (groups + 1) * triton.cdiv(V, block),)](
+        x, y, *back, *sums, *first, S_last, z_last, T, H, L, K**-0.5, *x.stride()[:3], *y.stride()[:3],
+        K=K, V=V, F=num_features(K), BLOCK_K=channels, BLOCK=block, ROWS=rows_of, WIDE=wide, C=config.chunk,
+        BACKWARD=n is not None, KEEP=keep, HAS_FIRST=S is not None, HAS_LAST=has_last, PRECISION=precision(x),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+        # Three programs a multiprocessor; what is spilt for it is of the lower orders alone.
+        maxnreg=168 if x.element_size() == 2 else None,
+    )  # fmt: skip
+    return sums
 
 
 @_backward.register_fake
@@ -177,37 +195,41 @@ fold_batch(_forward)
 fold_batch(_backward)
 
 
-def quadratic_config(q: Tensor, v: Tensor, num_stages: int) -> Config:
+def chunk_length(T: int, K: int) -> int:
+    """Tokens of a chunk. All pairs cost a token T / 2 pairs, a state its features; where they meet is as measured."""
+    if K > LARGEST_STATE or 128 * padded(K) >= T:
+        return triton.cdiv(T, LARGEST_BLOCK) * LARGEST_BLOCK
+    return 16 * padded(K)
+
+
+def state_rows(K: int) -> int:
+    """Channels i of the pairs of channels (i, j) that a program sums up."""
+    return max(1, 64 // padded(K))
+
+
+def sum_config(x: Tensor, y: Tensor) -> Config:
+    if x.dtype == torch.float32:
+        return Config(chunk=32, block=32, num_warps=4, num_stages=1)
+    return Config(chunk=64, block=64, num_warps=4, num_stages=2)
+
+
+def pair_config(q: Tensor, v: Tensor, num_stages: int) -> Config:
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
     if q.dtype == torch.float32:
-        return Config(chunk=32, block=widest, num_warps=4, num_stages=1)
-    return Config(chunk=64 if widest <= 128 else 32, block=widest, num_warps=4, num_stages=num_stages)
+        C = 32 if widest <= 128 else 16
+        return Config(C, C, num_warps=4, num_stages=1)
+    C = 64 if widest <= 128 else 32
+    return Config(C, C, num_warps=4, num_stages=num_stages)
 
 
-def _quadratic_options(q: Tensor, v: Tensor, config: Config) -> dict[str, Any]:
+def _pair_options(q: Tensor, v: Tensor, config: Config) -> dict[str, Any]:
     K, V = q.shape[-1], v.shape[-1]
+    assert LARGEST_BLOCK % config.chunk == config.chunk % config.block == 0, config
     return {
-        "K": K, "V": V, "BLOCK_K": padded(K), "BLOCK_V": padded(V), "C": config.chunk,
+        "K": K, "V": V, "BLOCK_K": padded(K), "BLOCK_V": padded(V), "C": config.chunk, "N": config.block,
+        "ROWS": state_rows(K), "WIDE": padded(K + 1),
         "PRECISION": precision(q), "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
-
-
-def recurrent_config(q: Tensor, v: Tensor) -> Config:
-    large = num_features(q.shape[-1]) > 160
-    if q.dtype == torch.float32:
-        return Config(chunk=16, block=16, num_warps=4, num_stages=1)
-    return Config(chunk=16, block=16 if large else 64, num_warps=4, num_stages=2)
-
-
-def _quadratic(q: Tensor, S: Tensor | None, return_state: bool) -> bool:
-    stateful = S is not None or return_state
-    return not stateful and (q.shape[1] <= QUADRATIC_LENGTH or q.shape[3] > LARGEST_RECURRENT)
-
-
-def _feature_tiles(F: int) -> dict[str, int]:
-    """Two powers of 2 that hold F features."""
-    large = max(16, triton.next_power_of_2(F + 1) // 2)
-    return {"FA": large, "FB": padded(max(F - large, 1))}
 
 
 def _state_shapes(q: Tensor, v: Tensor, return_state: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
