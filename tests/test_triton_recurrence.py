@@ -116,7 +116,7 @@ def test_a_decay_that_needs_no_gradient(V, kind):
 
 
 @pytest.mark.parametrize("copy", [True, False])
-@pytest.mark.parametrize(("kind", "alone"), [("none", True), ("head", False), ("step", False)])
+@pytest.mark.parametrize(("kind", "alone"), [("none", True), ("head", True), ("head", False), ("step", False)])
 def test_one_program_or_two_walk_back(kind, alone, copy, monkeypatch):
     """With tiles that the GPU copies, which are whole and of 16 bits, and with others."""
     monkeypatch.setattr(scalar, "walks_alone", lambda q: alone)

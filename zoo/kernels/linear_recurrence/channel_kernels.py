@@ -28,6 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.tiles import LOG2E, load_rows, store_rows
 
 # Just past e^-20; four of them are within the range of fp32 and bf16.
@@ -68,7 +69,7 @@ def from_middle(i, j, BONUS: tl.constexpr):
     return tl.where((i ^ j) < 8, sign, 0.0)
 
 
-@triton.jit
+@kernel
 def prepare_kernel(
     q, k, g, u, read_q, written_k, scores, whole, T, H, group,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, g_c, u_b, u_h,
@@ -76,6 +77,7 @@ def prepare_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head and chunk: q e^since, k e^until, the scores, and log2 of the whole decay."""
+    wait_for_earlier()
     chunks = tl.cdiv(T, C)
     part = tl.cast(tl.program_id(0), tl.int64)
     head, at = part // chunks, part % chunks * C
@@ -127,7 +129,7 @@ def prepare_kernel(
     tl.store(scores + (part * C + t) * C + s, b_scores.to(dtype))
 
 
-@triton.jit
+@kernel
 def scan_kernel(
     read, written, z, scores, whole, first, out, states, last, T, H, z_b, z_t, z_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
@@ -138,6 +140,7 @@ def scan_kernel(
 
     One program per sequence, head and BLOCK columns of z. SAVE keeps the state that each chunk reads.
     """
+    wait_for_earlier()
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     column = tl.program_id(0) % blocks * BLOCK
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -181,7 +184,7 @@ def scan_kernel(
         tl.store(last + head * K * V + state, S, mask=inside)
 
 
-@triton.jit
+@kernel
 def gradient_kernel(
     q, k, v, g, u, do, S, D, dq, dk, dg, du, T, H, group,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, g_c, u_b, u_h, do_b, do_t, do_h,
@@ -189,6 +192,7 @@ def gradient_kernel(
     HALVINGS: tl.constexpr, BONUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head, chunk and BLOCK channels of dq, dk and dg. du: a part per chunk."""
+    wait_for_earlier()
     blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
     chunks = tl.cdiv(T, C)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

@@ -84,7 +84,7 @@ def backward(
     shared: dict[str, Any] = {"K": K, "V": V, "BLOCK_V": padded(V), "C": C, "DECAY": kind, "COPY": copy}
     shared |= {"HAS_FIRST": initial_state is not None, "HAS_LAST": dlast is not None, "PRECISION": precision(q)}
     shared |= {"SKIP": skip is not None, "DECAY_GRADIENT": decay_gradient}
-    together = walks_twice(q, v, decay)
+    together = walks_twice(q, v, decay) and not decay_gradient
     alone = walks_alone(q) and not together
     if _small(q, v) and (alone or not decay_gradient):
         config = configured("linear_recurrence.scalar_walk_backward", walk_backward_config, q, v, alone)
@@ -96,7 +96,7 @@ def backward(
             q_, k_, v_, g, through, q if initial_state is None else initial_state.contiguous(), states, sums, do_,
             q if dlast is None else dlast.contiguous(), dq_, dk_, dv_, dg, terms, dskip, dfirst, T, H, B * H, *strides,
             *through_strides, **shared, BLOCK_K=padded(K), ALONE=alone, TOGETHER=together,
-            KEPT=sums.shape[1] > 0, num_warps=config.num_warps, num_stages=config.num_stages,
+            KEPT=sums.shape[1] > 0, ONE=T <= C, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     else:
         config = configured("linear_recurrence.scalar_carry_backward", carry_backward_config, q, v)
@@ -180,7 +180,7 @@ def _carry(
         *v.stride()[:3], *g_strides, *through_strides, K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=C, DECAY=kind,
         SKIP=skip is not None, REVERSE=reverse, HAS_FIRST=first is not None, HAS_LAST=last is not None,
         SAVE=states is not None, KEEP=sums is not None and sums.shape[1] > 0, PRECISION=precision(q), COPY=copy,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        ONE=T <= C, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
@@ -264,7 +264,9 @@ def forward_config(q: Tensor, v: Tensor) -> Config:
         return Config(chunk=32 if widest <= 64 else 16, block=32, num_warps=4, num_stages=1)
     if widest > 64:
         return Config(chunk=32, block=64 if widest <= 128 else 32, num_warps=4, num_stages=3)
-    return Config(chunk=64, block=64, num_warps=4, num_stages=3 if _many_heads(q) else 4)
+    # A single chunk has no next one to load meanwhile.
+    stages = 2 if q.shape[1] <= 64 else 3 if _many_heads(q) else 4
+    return Config(chunk=64, block=64, num_warps=4, num_stages=stages)
 
 
 def needs_states(q: Tensor, v: Tensor, decay: Tensor | None) -> bool:
@@ -280,8 +282,8 @@ def walks_alone(q: Tensor) -> bool:
 
 
 def walks_twice(q: Tensor, v: Tensor, decay: Tensor | None) -> bool:
-    """Whether that program takes two walks: without decays they take less than the states of several chunks."""
-    return walks_alone(q) and decay is None and q.shape[1] > _chunk(q, v)
+    """Whether that program takes two walks: without decays per step, they take less than states of several chunks."""
+    return walks_alone(q) and (decay is None or decay.dim() == 2) and q.shape[1] > _chunk(q, v)
 
 
 def walk_backward_config(q: Tensor, v: Tensor, alone: bool) -> Config:

@@ -21,6 +21,8 @@ S, and pairs s < u <= t of the chunk. The last are, over t >= u, q_t.dq_t less k
 those with both steps at u or later cancel, in fp32. No sum is a difference of much larger ones, for which a step's own
 pair s = t is kept apart: a decay of e^-20 has an exact gradient, but in fp16, which does not hold its pairs.
 
+ONE: there is a single chunk, so that no state but the first and no gradient of one but the last is read.
+
 COPY: the hardware copies whole tiles of (B T, channels of all heads), which spares most of the registers and
 instructions that addresses and masks take.
 """
@@ -30,6 +32,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.tiles import LOG2E, load_rows, store_rows
 
 NO_DECAY = tl.constexpr(0)
@@ -46,15 +49,17 @@ def load_decay(g, row, stride, live, rows: tl.constexpr):
 
 @triton.jit
 def sums_of_decay(g, stride, left, C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr):
-    """since (C,), until (C,) and the whole decay of a chunk with `left` steps; what is behind them does not decay."""
+    """since (C,), until (C,) and the whole decay of a chunk with `left` steps; what is behind them does not decay.
+
+    g: where the chunk's decays are, or the log2 decay of the head.
+    """
     row = tl.arange(0, C)
     if DECAY == PER_HEAD:
-        g_head = tl.load(g).to(tl.float32) * LOG2E
         count = tl.minimum(left, C)
         passed = tl.minimum(row + 1, count)
-        since = g_head * passed
-        until = g_head * (count - passed)
-        whole = g_head * count
+        since = g * passed
+        until = g * (count - passed)
+        whole = g * count
     else:
         since = tl.cumsum(load_decay(g, row, stride, row < left, C), 0)
         whole = tl.min(since, 0)
@@ -68,14 +73,15 @@ def sums_of_decay(g, stride, left, C: tl.constexpr, DECAY: tl.constexpr, EXACT: 
 
 @triton.jit
 def decay_of_pairs(
-    g, stride, left, since, C: tl.constexpr, DECAY: tl.constexpr, ROWS_LATER: tl.constexpr, EXACT: tl.constexpr
-):
-    """a (C, C), 0 where s > t. ROWS_LATER: a row is a t and a column an s; else the other way round."""
+    g, stride, left, since, C: tl.constexpr, DECAY: tl.constexpr, ROWS_LATER: tl.constexpr, OWN: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """a (C, C), 0 where s > t or, without OWN, s = t. ROWS_LATER: a row is a t and a column an s; else turned."""
     row = tl.arange(0, C)
     i = row[:, None]
     j = row[None, :]
     if DECAY == PER_HEAD:
-        between = (i - j if ROWS_LATER else j - i) * (tl.load(g).to(tl.float32) * LOG2E)
+        between = (i - j if ROWS_LATER else j - i) * g
     elif EXACT:
         b_g = load_decay(g, row, stride, row < left, C)
         if ROWS_LATER:
@@ -88,7 +94,8 @@ def decay_of_pairs(
         between = since[:, None] - since[None, :]
     else:
         between = since[None, :] - since[:, None]
-    return tl.exp2(tl.where(i >= j if ROWS_LATER else i <= j, between, float("-inf")))
+    related = i - j if ROWS_LATER else j - i
+    return tl.exp2(tl.where(related >= (0 if OWN else 1), between, float("-inf")))
 
 
 @triton.jit
@@ -97,6 +104,16 @@ def over_each_step(net, writes, C: tl.constexpr):
     row = tl.arange(0, C)
     before = tl.where(row > 0, tl.gather(tl.cumsum(writes, 0), tl.maximum(row - 1, 0), 0), 0.0)
     return before + tl.cumsum(net, 0, reverse=True)
+
+
+@triton.jit
+def product_if(LIVE: tl.constexpr, a, b, PRECISION: tl.constexpr):
+    """a b, or zeros unless b is LIVE."""
+    if LIVE:
+        result = tl.dot(a, b, input_precision=PRECISION)
+    else:
+        result = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
+    return result
 
 
 @triton.jit
@@ -129,7 +146,8 @@ def walk(
     q, k, v, g, skip, first, o, states, sums, last, b, h, T, H, column, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     g_t, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, SKIP: tl.constexpr, REVERSE: tl.constexpr, TURNED: tl.constexpr, HAS_FIRST: tl.constexpr,
-    HAS_LAST: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
+    HAS_LAST: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
+    COPY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of o. SAVE keeps the state that each chunk reads, KEEP the decay since its start of each step.
 
@@ -137,6 +155,7 @@ def walk(
     REVERSE: backwards from the last chunk, with q and k exchanged and do for v: o is dv, the states are each D.
     """
     EXACT: tl.constexpr = PRECISION == "tf32x3"
+    READ: tl.constexpr = HAS_FIRST or not ONE
     row = tl.arange(0, C)
     related = row[:, None] <= row[None, :] if REVERSE else row[:, None] >= row[None, :]
     i = tl.arange(0, BLOCK_K)
@@ -149,6 +168,9 @@ def walk(
         S = tl.load(first + at_first, mask=inside, other=0.0).to(tl.float32)
     else:
         S = tl.zeros((BLOCK_K, BLOCK), tl.float32)
+    if DECAY == PER_HEAD:
+        b_g = tl.load(g).to(tl.float32) * LOG2E
+        a = decay_of_pairs(b_g, g_t, C, row, C, DECAY, not REVERSE, True, EXACT)
     for step in range(chunks):
         chunk = chunks - 1 - step if REVERSE else step
         at = chunk * C
@@ -157,42 +179,48 @@ def walk(
         b_v = load_tile(v, b, h, at, T, column, v_b, v_t, v_h, C, V, BLOCK, COPY)
         dtype = b_q.dtype
         read = S.to(dtype)
-        if SAVE:
+        if SAVE and READ:
             # Zeros are neither kept nor loaded.
             held = (i < tl.minimum(step + HAS_FIRST, 1) * K)[:, None] & (j < V)[None, :]
             tl.store(states + chunk * K * V + state, read, mask=held)
         scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_o = tl.dot(b_q, read, input_precision=PRECISION)
+        b_o = product_if(READ, b_q, read, PRECISION)
         if DECAY == NO_DECAY:
             scores = tl.where(related, scores, 0.0)
         else:
-            b_g = g + tl.cast(at, tl.int64) * g_t
+            if DECAY == PER_STEP:
+                b_g = g + tl.cast(at, tl.int64) * g_t
             since, until, whole = sums_of_decay(b_g, g_t, T - at, C, DECAY, EXACT)
             if KEEP:
                 tl.store(sums + at + row, since)
-            scores *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, not REVERSE, EXACT)
-            b_o *= tl.exp2(until if REVERSE else since)[:, None]
+            if DECAY == PER_STEP:
+                a = decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, not REVERSE, True, EXACT)
+            scores *= a
+            if READ:
+                b_o *= tl.exp2(until if REVERSE else since)[:, None]
         if SKIP:
             scores += tl.where(row[:, None] == row[None, :], tl.load(skip).to(tl.float32), 0.0)
         b_o = tl.dot(scores.to(dtype), b_v, b_o, input_precision=PRECISION)
         store_tile(o, b_o, b, h, at, T, H, column, C, V, BLOCK, COPY)
-        if DECAY != NO_DECAY:
-            b_v = (b_v * tl.exp2(since if REVERSE else until)[:, None]).to(dtype)
-            S *= tl.exp2(whole)
-        S = tl.dot(tl.trans(b_k), b_v, S, input_precision=PRECISION)
+        if HAS_LAST or not ONE:
+            if DECAY != NO_DECAY:
+                b_v = (b_v * tl.exp2(since if REVERSE else until)[:, None]).to(dtype)
+                S *= tl.exp2(whole)
+            S = tl.dot(tl.trans(b_k), b_v, S, input_precision=PRECISION)
     if HAS_LAST:
         tl.store(last + state, S, mask=inside)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     q, k, v, g, skip, first, o, states, sums, last, T, H,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, skip_b, skip_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, SKIP: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
-    SAVE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
+    SAVE: tl.constexpr, KEEP: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head and BLOCK columns of v."""
+    wait_for_earlier()
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
     b, h = head // H, head % H
@@ -201,7 +229,7 @@ def forward_kernel(
         q, k, v, g + b * g_b + h * g_h, skip + b * skip_b + h * skip_h, first + state, o,
         states + state * tl.cdiv(T, C), sums + head * tl.cdiv(T, C) * C, last + state,
         b, h, T, H, tl.program_id(0) % blocks * BLOCK, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t,
-        K, V, BLOCK_K, BLOCK, C, DECAY, SKIP, REVERSE, False, HAS_FIRST, HAS_LAST, SAVE, KEEP, PRECISION, COPY,
+        K, V, BLOCK_K, BLOCK, C, DECAY, SKIP, REVERSE, False, HAS_FIRST, HAS_LAST, SAVE, KEEP, ONE, PRECISION, COPY,
     )  # fmt: skip
 
 
@@ -227,10 +255,13 @@ def walk_back(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_t, do_b, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, SKIP: tl.constexpr, ALONE: tl.constexpr, DECAY_GRADIENT: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, KEPT: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
+    COPY: tl.constexpr,
 ):  # fmt: skip
     """dk and dv; ALONE: and dq."""
     EXACT: tl.constexpr = PRECISION == "tf32x3"
+    READ: tl.constexpr = HAS_FIRST or not ONE
+    READ_BACK: tl.constexpr = HAS_LAST or not ONE
     row = tl.arange(0, C)
     i = tl.arange(0, BLOCK_K)
     j = tl.arange(0, BLOCK_V)
@@ -244,6 +275,11 @@ def walk_back(
     if SKIP:
         b_skip = tl.load(skip).to(tl.float32)
         skipped = tl.zeros((C,), tl.float32)
+    if DECAY == PER_HEAD:
+        b_g = tl.load(g).to(tl.float32) * LOG2E
+        a = decay_of_pairs(b_g, g_t, C, row, C, DECAY, False, True, EXACT)
+        if ALONE:
+            turned = decay_of_pairs(b_g, g_t, C, row, C, DECAY, True, not DECAY_GRADIENT, EXACT)
     for step in range(chunks):
         chunk = chunks - 1 - step
         at = chunk * C
@@ -251,13 +287,14 @@ def walk_back(
         b_k = load_tile(k, b, h, at, T, 0, k_b, k_t, k_h, C, K, BLOCK_K, COPY)
         b_v = load_tile(v, b, h, at, T, 0, v_b, v_t, v_h, C, V, BLOCK_V, COPY)
         b_do = load_tile(do, b, h, at, T, 0, do_b, do_t, do_h, C, V, BLOCK_V, COPY)
-        if ALONE:
+        if ALONE and READ:
             held = (i < tl.minimum(chunk + HAS_FIRST, 1) * K)[:, None] & (j < V)[None, :]
             b_S = tl.load(states + chunk * K * V + state, mask=held, other=0.0)
         dtype = b_q.dtype
         written = D.to(dtype)
         if DECAY != NO_DECAY:
-            b_g = g + tl.cast(at, tl.int64) * g_t
+            if DECAY == PER_STEP:
+                b_g = g + tl.cast(at, tl.int64) * g_t
             if KEPT:
                 since = tl.load(sums + at + row)
                 whole = tl.load(sums + at + C - 1)
@@ -266,17 +303,21 @@ def walk_back(
                 since, until, whole = sums_of_decay(b_g, g_t, T - at, C, DECAY, EXACT)
         if DECAY_GRADIENT:
             b_terms = terms + chunk * (2 * C + BLOCK_K)
-            tl.store(b_terms + 2 * C + i, tl.exp2(whole) * tl.sum(b_S.to(tl.float32) * D, 1))
+            across = tl.zeros((BLOCK_K,), tl.float32)
+            if READ and READ_BACK:
+                across = tl.exp2(whole) * tl.sum(b_S.to(tl.float32) * D, 1)
+            tl.store(b_terms + 2 * C + i, across)
 
         # A row of these is an s and a column a t.
         scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         if DECAY == NO_DECAY:
             scores = tl.where(row[:, None] <= row[None, :], scores, 0.0)
         else:
-            a = decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, False, EXACT)
+            if DECAY == PER_STEP:
+                a = decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, False, True, EXACT)
             scores *= a
-        b_dv = tl.dot(b_k, written, input_precision=PRECISION)
-        if DECAY != NO_DECAY:
+        b_dv = product_if(READ_BACK, b_k, written, PRECISION)
+        if DECAY != NO_DECAY and READ_BACK:
             b_dv *= tl.exp2(until)[:, None]
         if SKIP:
             scores += tl.where(row[:, None] == row[None, :], b_skip, 0.0)
@@ -287,8 +328,8 @@ def walk_back(
             slopes = tl.where(row[:, None] <= row[None, :], slopes, 0.0)
         else:
             slopes *= a
-        b_dk = tl.dot(b_v, tl.trans(written), input_precision=PRECISION)
-        if DECAY != NO_DECAY:
+        b_dk = product_if(READ_BACK, b_v, tl.trans(written), PRECISION)
+        if DECAY != NO_DECAY and READ_BACK:
             b_dk *= tl.exp2(until)[:, None]
         if SKIP or DECAY_GRADIENT:
             own = tl.sum(tl.where(row[:, None] == row[None, :], slopes, 0.0), 1)
@@ -308,25 +349,28 @@ def walk_back(
             if KEPT:
                 since = tl.load(sums + at + row)
             slopes = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-            b_dq = tl.dot(b_do, tl.trans(b_S), input_precision=PRECISION)
+            b_dq = tl.zeros((C, BLOCK_K), tl.float32)
+            if READ:
+                b_dq = tl.dot(b_do, tl.trans(b_S), input_precision=PRECISION)
             if DECAY == NO_DECAY:
                 slopes = tl.where(row[:, None] >= row[None, :], slopes, 0.0)
             else:
-                slopes *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, True, EXACT)
-                b_dq *= tl.exp2(since)[:, None]
-            if DECAY_GRADIENT:
-                own = tl.sum(tl.where(row[:, None] == row[None, :], slopes, 0.0), 1)
-                slopes = tl.where(row[:, None] > row[None, :], slopes, 0.0)
+                if DECAY == PER_STEP:
+                    turned = decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, True, not DECAY_GRADIENT, EXACT)
+                slopes *= turned
+                if READ:
+                    b_dq *= tl.exp2(since)[:, None]
             b_dq = tl.dot(slopes.to(dtype), b_k, b_dq, input_precision=PRECISION)
             if DECAY_GRADIENT:
                 tl.store(b_terms + row, net + tl.sum(b_q * b_dq, 1))
                 b_dq += own[:, None] * b_k
             store_tile(dq, b_dq, b, h, at, T, H, 0, C, K, BLOCK_K, COPY)
 
-        if DECAY != NO_DECAY:
-            b_q = (b_q * tl.exp2(since)[:, None]).to(dtype)
-            D *= tl.exp2(whole)
-        D = tl.dot(tl.trans(b_q), b_do, D, input_precision=PRECISION)
+        if READ:
+            if DECAY != NO_DECAY:
+                b_q = (b_q * tl.exp2(since)[:, None]).to(dtype)
+                D *= tl.exp2(whole)
+            D = tl.dot(tl.trans(b_q), b_do, D, input_precision=PRECISION)
     if DECAY_GRADIENT:
         tl.debug_barrier()
         add_up(terms, dg, T, H, chunks, C, BLOCK_K)
@@ -336,16 +380,17 @@ def walk_back(
         tl.store(dfirst + state, D, mask=inside)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     q, k, v, g, skip, first, states, sums, do, dlast, dq, dk, dv, dg, terms, dskip, dfirst, T, H, heads,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, do_b, do_t, do_h, skip_b, skip_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, SKIP: tl.constexpr, ALONE: tl.constexpr, TOGETHER: tl.constexpr,
     DECAY_GRADIENT: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, KEPT: tl.constexpr,
-    PRECISION: tl.constexpr, COPY: tl.constexpr,
+    ONE: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a sequence and head: in one walk ALONE, or in two, TOGETHER in a program or the longer first."""
+    wait_for_earlier()
     head = tl.cast(tl.program_id(0) % heads, tl.int64)
     b, h = head // H, head % H
     g += b * g_b + h * g_h
@@ -356,18 +401,20 @@ def backward_kernel(
             sums + head * tl.cdiv(T, C) * C, do, dlast + state, dq, dk, dv, dg + b * T * H + h,
             terms + head * tl.cdiv(T, C) * (2 * C + BLOCK_K), dskip + head, dfirst + state, b, h, T, H, q_b, q_t, q_h,
             k_b, k_t, k_h, v_b, v_t, v_h, g_t, do_b, do_t, do_h,
-            K, V, BLOCK_K, BLOCK_V, C, DECAY, SKIP, ALONE, DECAY_GRADIENT, HAS_FIRST, HAS_LAST, KEPT, PRECISION, COPY,
+            K, V, BLOCK_K, BLOCK_V, C, DECAY, SKIP, ALONE, DECAY_GRADIENT, HAS_FIRST, HAS_LAST, KEPT, ONE, PRECISION,
+            COPY,
         )  # fmt: skip
     if not ALONE:  # noqa: SIM102 (known as it is compiled, unlike what follows)
         if TOGETHER or tl.program_id(0) >= heads:
             walk(
                 do, v, k, g, skip, first + state, dq, states, sums, dlast, b, h, T, H, 0,
                 do_b, do_t, do_h, v_b, v_t, v_h, k_b, k_t, k_h, g_t,
-                V, K, BLOCK_V, BLOCK_K, C, DECAY, False, False, True, HAS_FIRST, False, False, False, PRECISION, COPY,
+                V, K, BLOCK_V, BLOCK_K, C, DECAY, False, False, True, HAS_FIRST, False, False, False, ONE, PRECISION,
+                COPY,
             )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def gradient_kernel(
     q, k, v, g, do, S, D, dq, dk, dg, dskip, T, H, tokens,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, do_b, do_t, do_h,
@@ -376,6 +423,7 @@ def gradient_kernel(
     HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head, CHUNKS and BLOCK columns of dq and dk, with its part of dg, of `tokens`."""
+    wait_for_earlier()
     blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
     EXACT: tl.constexpr = PRECISION == "tf32x3"
     block = tl.program_id(0) % blocks
@@ -392,12 +440,15 @@ def gradient_kernel(
     j = tl.arange(0, BLOCK_V)
     if SKIP:
         skipped = tl.zeros((C,), tl.float32)
+    if DECAY == PER_HEAD:
+        b_g = tl.load(g).to(tl.float32) * LOG2E
     for n in range(CHUNKS):
         chunk = begin + n
         at = chunk * C
         state = (head * chunks + chunk) * K * V + i[:, None] * V + j[None, :]
         if DECAY != NO_DECAY:
-            b_g = g + tl.cast(at, tl.int64) * g_t
+            if DECAY == PER_STEP:
+                b_g = g + tl.cast(at, tl.int64) * g_t
             since, until, whole = sums_of_decay(b_g, g_t, T - at, C, DECAY, EXACT)
         b_do = load_tile(do, b, h, at, T, 0, do_b, do_t, do_h, C, V, BLOCK_V, COPY)
         b_v = load_tile(v, b, h, at, T, 0, v_b, v_t, v_h, C, V, BLOCK_V, COPY)
@@ -412,7 +463,7 @@ def gradient_kernel(
             slopes = tl.where(row[:, None] >= row[None, :], slopes, 0.0)
         else:
             b_dq *= tl.exp2(since)[:, None]
-            slopes *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, True, EXACT)
+            slopes *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, True, True, EXACT)
         if DECAY_GRADIENT or SKIP:
             own = tl.sum(tl.where(row[:, None] == row[None, :], slopes, 0.0), 1)
         if SKIP:
@@ -434,7 +485,7 @@ def gradient_kernel(
             slopes = tl.where(row[:, None] <= row[None, :], slopes, 0.0)
         else:
             b_dk *= tl.exp2(until)[:, None]
-            slopes *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, False, EXACT)
+            slopes *= decay_of_pairs(b_g, g_t, T - at, since, C, DECAY, False, True, EXACT)
         if DECAY_GRADIENT:
             slopes = tl.where(row[:, None] < row[None, :], slopes, 0.0)
             writes = tl.sum(b_k * b_dk, 1)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.backend import check_step
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.launch import check_launch, configured, rows, state_tile, step_op
 
 
@@ -73,13 +74,14 @@ def _fake(
 _op = step_op("linear_recurrence_step", _step, _fake)
 
 
-@triton.jit
+@kernel
 def step_kernel(
     q, k, v, g, u, skip, S, o, after, H, g_share, u_share, skip_share, q_b, q_h, k_b, k_h, v_b, v_h, g_b, g_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
     DECAY: tl.constexpr, BONUS: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head and BLOCK columns of the state."""
+    wait_for_earlier()
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
     b, h = head // H, head % H
