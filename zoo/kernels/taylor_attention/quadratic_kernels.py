@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.tiles import load_rows, product_in_two, store_rows
 
 
@@ -86,13 +87,14 @@ def through_norm(b_x, z, K: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.conste
     return product, tl.load(z + K * WIDE + i), tl.load(z + K * WIDE + K)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     q, k, v, o, n, S, z, T, H, L, scale, eps, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
     WIDE: tl.constexpr, C: tl.constexpr, N: tl.constexpr, HAS_STATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head and C queries, the last ones first: they have the most keys."""
+    wait_for_earlier()
     blocks = tl.cdiv(T, C)
     mine = (blocks - 1 - tl.program_id(0) % blocks) * C
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -144,7 +146,7 @@ def pairs(
     return u, tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION), b_k
 
 
-@triton.jit
+@kernel
 def query_kernel(
     q, k, v, o, n, do, m, dq, S, z, T, H, L, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
@@ -153,6 +155,7 @@ def query_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and m for `key_kernel`: one program per sequence, head and C queries."""
+    wait_for_earlier()
     blocks = tl.cdiv(T, C)
     mine = (blocks - 1 - tl.program_id(0) % blocks) * C
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -226,7 +229,7 @@ def differentiate_key(
     return b_dk, b_dv
 
 
-@triton.jit
+@kernel
 def key_kernel(
     q, k, v, n, do, m, dk, dv, S, z, T, H, L, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
@@ -234,6 +237,7 @@ def key_kernel(
     WIDE: tl.constexpr, C: tl.constexpr, N: tl.constexpr, HAS_STATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv: one program per sequence, head and C keys, the first ones first: they have the most queries."""
+    wait_for_earlier()
     blocks = tl.cdiv(T, C)
     mine = tl.program_id(0) % blocks * C
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.tiles import load_rows, product_in_two
 
 
@@ -121,7 +122,7 @@ def sum_lower_orders(
             tl.store(z_last + z_feature, norm * z_weight, mask=known & (i[:, None] <= i[None, :]))
 
 
-@triton.jit
+@kernel
 def sum_kernel(
     x, y, over_norm, mean, S, z, S_first, z_first, S_last, z_last, T, H, L, scale,
     x_b, x_t, x_h, y_b, y_t, y_h,
@@ -135,6 +136,7 @@ def sum_kernel(
     Forward x = k and y = v: S = sum phi(k_t) v_t^T, z = sum phi(k_t). BACKWARD x = q and y = do, from the end of the
     sequence to its start: S = sum n_t phi(q_t) do_t^T, z = -sum n_t mean_t phi(q_t), n = over_norm.
     """
+    wait_for_earlier()
     groups: tl.constexpr = (K + ROWS - 1) // ROWS
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     # With n = 1 / 2(phi(q).z + eps), half of what a caller's has.

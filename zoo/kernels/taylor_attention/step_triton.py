@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.backend import check_step
+from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.launch import Config, check_launch, configured, rows, step_op
 from zoo.kernels.taylor_attention.features import num_features
 
@@ -55,12 +56,13 @@ def step_config(K: int, V: int) -> Config:
     return Config(64 if K <= 32 else 128, min(triton.next_power_of_2(V), 16), 1 if K <= 32 else 4, 1)
 
 
-@triton.jit
+@kernel
 def step_kernel(
     q, k, v, S, z, o, S_after, z_after, H, eps, q_b, q_h, k_b, k_h, v_b, v_h,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, head and BLOCK columns of the state, ROWS features at a time."""
+    wait_for_earlier()
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     block = tl.program_id(0) % blocks
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
