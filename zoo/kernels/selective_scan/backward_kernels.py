@@ -3,9 +3,8 @@
     G_t = a_{t+1} G_{t+1} + C_t dy_t         dA = sum_t dt_t (a_t h_{t-1} G_t)
 
 The forward keeps the state before each chunk. From it a_t h_{t-1} within the chunk are made once more, and held in
-registers. Sums over channels, dB and dC, are matrix products: in the form that Mamba has in bf16 from registers, see
-`lane_sums`, else from shared memory, see `over_channels`. A thread has all the registers there are: more warps with
-fewer of them, or with fewer states each, were slower.
+registers. Sums over channels, dB and dC, are matrix products, see `over_channels`. A thread has all the registers there
+are: more warps with fewer of them, or with fewer states each, were slower.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from zoo.kernels.selective_scan.kernels import (
     spread,
     steps_of,
 )
-from zoo.kernels.selective_scan.lane_sums import constants, lane_sums, store_lane_sums
 from zoo.kernels.tiles import LOG2E
 
 
@@ -105,7 +103,7 @@ def backward_kernel(
     LANES: tl.constexpr, S: tl.constexpr, WHOLE: tl.constexpr,
     DT_BY_STEP: tl.constexpr, B_BY_STEP: tl.constexpr, C_BY_STEP: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what sequences share are parts with a leading batch axis; dB and dC by step have one part of `part`
     elements, (B, T, N), for each block of channels.
@@ -133,7 +131,7 @@ def backward_kernel(
         dC += tl.cast(block, tl.int64) * part + (b * T + last) * N
     # Nothing depends on what comes after the last output that has a gradient.
     if not HAS_LAST:
-        zeros = tl.zeros((LANES, NT, NK, NI), tl.int8) if IN_REGISTERS else tl.zeros((2 * PADDED, 8), tl.float32)
+        zeros = tl.zeros((2 * PADDED, 8), tl.float32)
         while (latest > 0) & all_zero(load_steps(dy, dy_t, d, T - latest, D, S, WHOLE)):
             for i in tl.static_range(S):
                 here = storing & channels(d, i, T - latest, D, WHOLE)
@@ -146,15 +144,11 @@ def backward_kernel(
             dz -= S * D
             if DT_BY_STEP:
                 ddt -= S * D
-            if IN_REGISTERS:
-                store_lane_sums(dB, dC, zeros, T - latest, WHOLE)
             if B_BY_STEP:
-                if not IN_REGISTERS:
-                    store_sums(dB, zeros, T - latest, N, PADDED)
+                store_sums(dB, zeros, T - latest, N, PADDED)
                 dB -= S * N
             if C_BY_STEP:
-                if not IN_REGISTERS:
-                    store_sums(dC, zeros, T - latest, N, PADDED)
+                store_sums(dC, zeros, T - latest, N, PADDED)
                 dC -= S * N
             dy -= S * dy_t
             latest -= S
@@ -196,8 +190,6 @@ def backward_kernel(
     # B of all steps of a chunk, once more for the states.
     row = tl.arange(0, 4)[:, None]
     all_B_at = P + row * P_t + tl.arange(0, PADDED)[None, :]
-    if IN_REGISTERS:
-        given = constants(b_A)
     # a_{t+1} G_{t+1}
     carry = tl.zeros((LANES, NT, NK, NI), tl.float32)
     if HAS_LAST:
@@ -240,12 +232,10 @@ def backward_kernel(
                 b_dt = dts[i]
             gated = gated + (b_dy,)  # type: ignore[assignment]  # noqa: RUF005
             us = us + (b_dt * xs[i].to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-        if IN_REGISTERS:
-            sums = tl.zeros((LANES, NT, NK, NI), tl.int8)
-        if B_BY_STEP and not IN_REGISTERS:
+        if B_BY_STEP:
             u_pairs = in_pairs(us, DTYPE)
             tile_dB = tl.zeros((2 * PADDED, 8), tl.float32)
-        if C_BY_STEP and not IN_REGISTERS:
+        if C_BY_STEP:
             dy_pairs = in_pairs(gated, DTYPE)
             tile_dC = tl.zeros((2 * PADDED, 8), tl.float32)
         h = next_h.to(tl.float32)
@@ -262,9 +252,7 @@ def backward_kernel(
             decayed = decayed + (decay * h,)  # type: ignore[assignment]  # noqa: RUF005
             h = decayed[i] + us[i][:, :, None, None] * b_B
             decays = decays + (decay,)  # type: ignore[assignment]  # noqa: RUF005
-            if IN_REGISTERS:
-                sums = lane_sums(sums, h, gated[i], given, 2 * i + 1)
-            elif C_BY_STEP:
+            if C_BY_STEP:
                 hs = hs + (in_rows(h, DTYPE),)  # type: ignore[assignment]  # noqa: RUF005
                 if i % 2 == 1:
                     even, odd = over_channels(hs[i - 1], hs[i], dy_pairs, PRECISION)
@@ -284,9 +272,7 @@ def backward_kernel(
             b_x, b_dy = xs[i].to(tl.float32), gated[i]
             G = carry + b_C * b_dy[:, :, None, None]
             du = over_states(G * b_B)
-            if IN_REGISTERS:
-                sums = lane_sums(sums, G, us[i], given, 2 * i)
-            elif B_BY_STEP:
+            if B_BY_STEP:
                 Gs = Gs + (in_rows(G, DTYPE),)  # type: ignore[assignment]  # noqa: RUF005
                 if i % 2 == 0:
                     odd, even = over_channels(Gs[2 - i], Gs[3 - i], u_pairs, PRECISION)
@@ -341,15 +327,11 @@ def backward_kernel(
         dz -= S * D
         if DT_BY_STEP:
             ddt -= S * D
-        if IN_REGISTERS:
-            store_lane_sums(dB, dC, sums, live, WHOLE)
         if B_BY_STEP:
-            if not IN_REGISTERS:
-                store_sums(dB, tile_dB, live, N, PADDED)
+            store_sums(dB, tile_dB, live, N, PADDED)
             dB -= S * N
         if C_BY_STEP:
-            if not IN_REGISTERS:
-                store_sums(dC, tile_dC, live, N, PADDED)
+            store_sums(dC, tile_dC, live, N, PADDED)
             dC -= S * N
 
     tl.store(dA + b * D * N + state, b_dA, mask=inside)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from zoo.errors import UnsupportedError
-from zoo.kernels.launch import INTERPRETED, Config, check_launch, configured, empty_like, fold_batch, rows
+from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch, rows
 from zoo.kernels.selective_scan.backward_kernels import backward_kernel, sum_kernel
 from zoo.kernels.selective_scan.forward_kernels import forward_kernel
 
@@ -150,7 +150,6 @@ def _backward(
         sums["C"][0], dD, dz, dbias, dfirst, T, batch // groups, batch * T * N, *strides, dy.stride(0),
         dy_t=dy.stride(1), **options, HAS_FIRST=has_first, HAS_LAST=dlast is not None,
         PRECISION="tf32" if x.dtype == torch.bfloat16 else "tf32x3",
-        IN_REGISTERS=_in_registers(x, N, by_step, config),
     )  # fmt: skip
     done = _sum_parts(sums)
     dB, dC = (done[name][0] if steps else done[name] for name, steps in (("B", by_step[1]), ("C", by_step[2])))
@@ -243,11 +242,6 @@ def _prepared(
     D, dt_bias = (x if M is None else M.contiguous() for M in (D, dt_bias))
     options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return (x, dt, A.contiguous(), B, C, D, z, dt_bias), strides, options
-
-
-def _in_registers(x: Tensor, N: int, by_step: list[bool], config: Config) -> bool:
-    """Whether the walk back is of the form that `lane_sums` is for; the interpreter has no instructions."""
-    return x.dtype == torch.bfloat16 and N == 16 and all(by_step[1:]) and config[1:3] == (32, 1) and not INTERPRETED
 
 
 def _states(
