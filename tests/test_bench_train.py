@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import zoo
 from zoo.bench import peers, train
 from zoo.bench.settings import MODELS, choose, figure2_packs, grid_packs, lasting
-from zoo.bench.train import StepTime, Work, mean, pack_text, step_text, time_pack
+from zoo.bench.train import StepTime, Work, covered, mean, pack_text, step_text, time_pack
 from zoo.cli import main
 from zoo.config import Sweep
 from zoo.errors import ConfigError
@@ -151,6 +151,11 @@ def test_the_peer_counts_for_as_many_epochs_and_on_its_hardware_only(fake, monke
 def test_the_mean_step_weighs_slices_by_their_steps():
     assert mean([Work(1.0), Work(4.0)], [2, 1]) == Work(2.0)
     assert mean([Work(1.0, 0.5, 10), Work(4.0, 2.0, 40)], [2, 1]) == Work(2.0, 1.0, 20)
+
+
+def test_kernels_beside_each_other_count_once():
+    assert covered([]) == 0
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 4.0
 
 
 def test_what_is_printed_of_a_step():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +66,7 @@ class StepTime(NamedTuple):
     """One line of steps.csv: a pack's step on one training slice, on an epoch's mixture (`all`), or its `validation`.
 
     ms: wall time; ms_model: divided by the trials. steps_per_s and examples_per_s: of all trials together. busy: the
-    share of the wall time in which the GPU computes; kernels: what it runs for that. peer_ms: the peer's step of one
+    share of the wall time in which the GPU computes anything; kernels: what it runs for that. peer_ms: the peer's step of one
     trial. ratio: peer_ms / ms_model, on the peer's hardware.
     """
 
@@ -293,8 +294,17 @@ def measure(work: Callable[[], object], parts: int, device: str) -> Work:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         _wait(device)
-    ran = [e.device_time for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return Work(ms, sum(ran) / 1e3 / parts, len(ran) / parts)
+    ran = [e.time_range for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return Work(ms, covered([(r.start, r.end) for r in ran]) / 1e3 / parts, len(ran) / parts)
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """The length of the union of (start, end): kernels run beside each other."""
+    total, last = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return total
 
 
 def _fair(setting: Setting) -> bool:

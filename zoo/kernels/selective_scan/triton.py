@@ -73,7 +73,7 @@ def _forward(
     A, D, dt_bias and, of dt, B and C, those that are not `by_step` have groups as their first axis.
     """
     batch, T, channels = x.shape
-    config = configured("selective_scan.forward", forward_config, A.shape[2], channels)
+    config = configured("selective_scan.forward", forward_config, A.shape[2], batch, channels)
     tensors, strides, options = _prepared(x, dt, A, B, C, D, z, dt_bias, by_step, config)
     blocks = triton.cdiv(channels, config.block)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -201,10 +201,10 @@ fold_batch(_forward)
 fold_batch(_backward)
 
 
-def forward_config(N: int, channels: int) -> Config:
-    """As for the walk back; two warps that share B and C, where it was measured, take fewer registers each."""
-    one = backward_config(N)
-    return Config(CHUNK, block=64, num_warps=2, num_stages=1) if 8 < N <= 16 and channels > one.block else one
+def forward_config(N: int, batch: int, channels: int) -> Config:
+    """As for the walk back; of many programs, pairs of warps that share B and C: they take fewer registers each."""
+    many = 8 < N <= 16 and channels > 32 and batch * channels >= 1 << 17
+    return Config(CHUNK, block=64, num_warps=2, num_stages=1) if many else backward_config(N)
 
 
 def backward_config(N: int) -> Config:
