@@ -66,8 +66,8 @@ class StepTime(NamedTuple):
     """One line of steps.csv: a pack's step on one training slice, on an epoch's mixture (`all`), or its `validation`.
 
     ms: wall time; ms_model: divided by the trials. steps_per_s and examples_per_s: of all trials together. busy: the
-    share of the wall time in which the GPU computes anything; kernels: what it runs for that. peer_ms: the peer's step of one
-    trial. ratio: peer_ms / ms_model, on the peer's hardware.
+    share of the wall time in which the GPU computes anything; kernels: what it runs for that. peer_ms: the peer's step
+    of one trial. ratio: peer_ms / ms_model, on the peer's hardware.
     """
 
     setting: str
