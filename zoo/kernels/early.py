@@ -1,7 +1,7 @@
 """Kernels that start early: what it takes to launch one happens while the kernel before it still writes its results.
 
 This is CUDA's programmatic dependent launch, for compute capability 9 or newer, in CUDA graphs too. It spares a
-quarter to half a microsecond between two kernels, of which a small model's step has a hundred. That it lets the next's
+quarter to half a microsecond between two kernels, of which a small model's step has a hundred. To let the next one's
 programs take places as soon as its own have them (`gdc_launch_dependents`) made long kernels 5 % slower.
 """
 
