@@ -348,9 +348,7 @@ def test_of_a_run_the_trials_on_the_same_data_are_the_overlay(tmp_path):
 
 
 def test_the_reference_as_overlay():
-    records = RunStore("reference").load()
-    figure2 = [r for r in records if r.trial["data"]["test"][0]["task"] == "mqar"]
-    frame = read_overlay("reference", figure2[:1])
+    frame = read_overlay("reference", RunStore("reference/based_figure2").load()[:1])
     assert "H200" in frame.attrs["name"]
     window = frame[(frame["family"] == "sliding_window") & (frame["label"] == "d128 w65")].iloc[0]
     assert window["accuracy"] == pytest.approx(0.514, abs=0.01)
