@@ -127,7 +127,7 @@ def test_a_sweep_without_any_good_trial_says_so(tmp_path):
 def test_ctrl_c_in_the_terminal(tmp_path):
     # Enough trials that they outlast a busy machine's delay between the first record and the signal.
     file = write(tmp_path, lr=[i / 1000 for i in range(1, 61)], seconds=0.25)
-    command = [sys.executable, "-m", "zoo.cli", "sweep", str(file), "--run", str(tmp_path / "run"), "--plugin", PLUGIN]
+    command = [sys.executable, "-m", "zoo", "sweep", str(file), "--run", str(tmp_path / "run"), "--plugin", PLUGIN]
     process = subprocess.Popen(
         [*command, "--executor", "inline"], stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ROOT}
     )

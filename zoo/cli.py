@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import re
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zoo import __version__
+from zoo.command import Group, debug_option
 from zoo.errors import ConfigError, PluginError, UnknownNameError, UnsupportedError, ZooError, did_you_mean
 
 if TYPE_CHECKING:
@@ -23,52 +23,7 @@ if TYPE_CHECKING:
     from zoo.testing import Check
 
 
-def _debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    # The option stands before or after the sub-command; either is enough.
-    ctx.meta["zoo.debug"] = ctx.meta.get("zoo.debug", False) or value
-
-
-debug_option = click.option(
-    "--debug", is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
-)
-
-
-class _Command(click.Command):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        debug_option(self)
-
-
-class _Zoo(click.Group):
-    """A group whose ZooErrors, and files that cannot be read or written, end with a message and exit status 2, and that
-    suggests the nearest command."""
-
-    command_class = _Command
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ZooError as error:
-            if ctx.meta.get("zoo.debug"):
-                raise
-            click.echo(f"zoo: {error}", err=True)
-            ctx.exit(2)
-        except OSError as error:
-            # A pipe whose reader has ended is click's; without a number it is no file's fault.
-            if ctx.meta.get("zoo.debug") or error.errno in (None, errno.EPIPE):
-                raise
-            place = f"{error.filename}: " if error.filename else ""
-            click.echo(f"zoo: {place}{error.strerror}; --debug says where that happened.", err=True)
-            ctx.exit(2)
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            known = self.list_commands(ctx)
-            ctx.fail(f"no command {args[0]!r}.{did_you_mean(args[0], known)} Known: {', '.join(known)}.")
-        return super().resolve_command(ctx, args)
-
-
-@click.group(cls=_Zoo, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, package_name="zoo-mixers", prog_name="zoo")
 @debug_option
 @click.pass_context
@@ -359,7 +314,7 @@ _BENCHMARKS = {
 }
 
 
-class _Bench(_Zoo):
+class _Bench(Group):
     """Commands of zoo.bench, each imported when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
