@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 from synthetic_records import make_record, make_trial
 
+from zoo import __version__
 from zoo.archive import pack_records
 from zoo.config import ModelConfig
-from zoo.errors import ConfigError, RecordError, UnsupportedError
-from zoo.record import family_name
+from zoo.errors import ConfigError, RecordError, SchemaError, UnsupportedError
+from zoo.record import SCHEMA, family_name
 from zoo.results import REFERENCE, RecordWarning, RunStore, export, labels, load_runs, table
 
 
@@ -55,7 +56,7 @@ def test_writing_the_same_key_again_replaces_the_record(store):
     [
         (b"", "the file is empty"),
         (b'{"key": "tru', "not valid JSON"),
-        (b'{"schema_version": 99}', "schema version 99, this zoo reads 1"),
+        (b'{"schema_version": "new"}', "schema_version: input should be"),
         (b'{"key": "k", "status": "splendid"}', "status: input should be"),
         (b"\xff\xfe\x00", "not valid JSON"),
         (b"[]", "the record: input should be"),
@@ -72,6 +73,25 @@ def test_a_corrupt_record_is_named_and_moved_aside_and_the_rest_loads(store, con
     assert (store.path / "corrupt" / "bad.json").read_bytes() == content
     assert store.keys() == {good.key}
     assert store.load() == [good]
+
+
+def test_a_record_of_another_zoo_is_refused_and_left_where_it_is(store):
+    record = make_record()
+    path = store.write(record)
+    newer = record.model_dump(mode="json") | {"schema_version": SCHEMA + 1}
+    newer["provenance"]["zoo"] = "9.1"
+    for content in (newer, newer | {"colour": "red"}):
+        text = json.dumps(content)
+        path.write_text(text)
+        for read in (store.load, lambda: store.get(record.key), store.compact):
+            with pytest.raises(
+                SchemaError,
+                match=rf"zoo 9\.1 wrote it with schema version 2, and zoo {__version__}, .* reads 1; it was left",
+            ):
+                read()
+        assert path.read_text() == text
+        assert not (store.path / "corrupt").exists()
+        assert not store.archive.exists()
 
 
 def test_a_record_under_another_name_is_corrupt(store):
@@ -151,7 +171,8 @@ def test_an_archive_that_does_not_hold_what_was_written_costs_no_record(store, m
     ("content", "fault"),
     [
         (b"no xz", "cannot be read: .* restore the file"),
-        (lzma.compress(b'{"key": 3}\n'), "line 1, key: .* schema version 1"),
+        (lzma.compress(b'{"key": 3}\n'), "line 1, key: .* restore the file"),
+        (lzma.compress(b'{"schema_version": 2}\n'), "line 1, another zoo wrote it with schema version 2, .* reads 1"),
     ],
 )
 def test_a_broken_archive_says_what_is_wrong(store, content, fault):

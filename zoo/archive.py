@@ -6,10 +6,11 @@ import lzma
 from collections.abc import Iterable
 from pathlib import Path
 
-from zoo.errors import RecordError
-from zoo.record import SCHEMA, Record, parse_record
+from zoo.errors import RecordError, SchemaError
+from zoo.record import Record, parse_record
 
 ARCHIVE = "records.jsonl.xz"
+_REMEDY = "restore the file, or delete it and run its trials again"
 
 
 def pack_records(records: Iterable[Record]) -> bytes:
@@ -23,17 +24,14 @@ def read_archive(path: Path) -> dict[str, Record]:
     try:
         lines = lzma.decompress(path.read_bytes()).splitlines()
     except lzma.LZMAError as error:
-        raise RecordError(
-            f"archive {str(path)!r} cannot be read: {error}; restore the file, or delete it and run its trials again."
-        ) from error
+        raise RecordError(f"archive {str(path)!r} cannot be read: {error}; {_REMEDY}.") from error
     records = {}
     for number, line in enumerate(lines, 1):
         try:
             record = parse_record(line)
+        except SchemaError as error:
+            raise SchemaError(f"archive {str(path)!r} cannot be read: line {number}, {error}.") from error
         except RecordError as error:
-            raise RecordError(
-                f"archive {str(path)!r} cannot be read: line {number}, {error}; this zoo reads records "
-                f"of schema version {SCHEMA}."
-            ) from error
+            raise RecordError(f"archive {str(path)!r} cannot be read: line {number}, {error}; {_REMEDY}.") from error
         records[record.key] = record
     return records

@@ -30,6 +30,10 @@ class RecordError(ZooError):
     """A stored record cannot be read."""
 
 
+class SchemaError(RecordError):
+    """A stored record was written by another version of zoo. It is not broken, and is left where it is."""
+
+
 class DeviceLostError(ZooError):
     """The device no longer answers this process: whatever runs on it next would fail."""
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from zoo.errors import RecordError
+from zoo import __version__
+from zoo.errors import RecordError, SchemaError
 
 SCHEMA = 1
 
@@ -139,32 +140,39 @@ class Record(_Part):
 
 
 def parse_record(data: bytes) -> Record:
-    """A record from its JSON. Raises RecordError, which says what is wrong and leaves it to the caller to say where."""
+    """A record from its JSON. Raises RecordError, which says what is wrong and leaves it to the caller to say where;
+    SchemaError if another version of zoo wrote it."""
     try:
         record = Record.model_validate_json(data)
     except ValidationError as error:
-        raise RecordError(_what_is_wrong(data, error)) from error
+        raise _what_is_wrong(data, error) from error
     if record.schema_version != SCHEMA:
-        raise RecordError(_wrong_schema(record.schema_version))
+        raise _other_schema(record.schema_version, record.provenance.zoo)
     return record
 
 
-def _what_is_wrong(data: bytes, error: ValidationError) -> str:
+def _what_is_wrong(data: bytes, error: ValidationError) -> RecordError:
     if not data:
-        return "the file is empty"
+        return RecordError("the file is empty")
     try:
         content = json.loads(data)
     except ValueError as syntax:
-        return f"it is not valid JSON ({syntax})"
-    if isinstance(content, dict) and content.get("schema_version", SCHEMA) != SCHEMA:
-        return _wrong_schema(content["schema_version"])
+        return RecordError(f"it is not valid JSON ({syntax})")
+    if isinstance(content, dict):
+        schema, about = content.get("schema_version", SCHEMA), content.get("provenance")
+        if isinstance(schema, int) and schema != SCHEMA:
+            return _other_schema(schema, about.get("zoo") if isinstance(about, dict) else None)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"]) or "the record"
-    return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return RecordError(f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}")
 
 
-def _wrong_schema(version: Any) -> str:
-    return f"it has schema version {version}, this zoo reads {SCHEMA}"
+def _other_schema(schema: int, version: Any) -> SchemaError:
+    wrote = f"zoo {version} wrote" if version else "another zoo wrote"
+    return SchemaError(
+        f"{wrote} it with schema version {schema}, and zoo {__version__}, which runs here, reads {SCHEMA}; it was left "
+        f"where it is. Use {'that zoo' if version else 'the zoo that wrote it'}, or another run folder"
+    )
 
 
 def family_name(mixers: Iterable[str]) -> str:

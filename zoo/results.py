@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.archive import ARCHIVE, pack_records, read_archive
-from zoo.errors import ConfigError, RecordError, UnsupportedError, did_you_mean
+from zoo.errors import ConfigError, RecordError, SchemaError, UnsupportedError, did_you_mean
 from zoo.process import no_collection
 from zoo.record import MeasuredState, Record, family_name, parse_record
 
@@ -101,13 +101,19 @@ class RunStore:
         return self._files() | self._archived().keys()
 
     def load(self) -> list[Record]:
-        """Every readable record, by key. One that cannot be read is named in a RecordWarning and moved to corrupt/."""
+        """Every readable record, by key. One that cannot be read is named in a RecordWarning and moved to corrupt/.
+
+        Raises SchemaError at a record of another version of zoo: without it the same trial would run again and take
+        its place.
+        """
         records = self._archived()
         # Every object stays alive, so collecting garbage meanwhile finds nothing and triples the time.
         with no_collection():
             for path in self.records.glob("*.json"):
                 try:
                     records[path.stem] = _read(path)
+                except SchemaError:
+                    raise
                 except RecordError as error:
                     warnings.warn(f"{error} {self._set_aside(path)}", RecordWarning, stacklevel=2)
         return [records[key] for key in sorted(records)]
@@ -132,6 +138,8 @@ class RunStore:
             return archived[found[0]]
         try:
             return _read(path)
+        except SchemaError:
+            raise
         except RecordError as error:
             raise RecordError(f"{error} {self._set_aside(path)}") from error
 
@@ -209,7 +217,7 @@ def _read(path: Path) -> Record:
     try:
         record = parse_record(path.read_bytes())
     except RecordError as error:
-        raise RecordError(f"record {str(path)!r} cannot be read: {error}.") from error
+        raise type(error)(f"record {str(path)!r} cannot be read: {error}.") from error
     if record.key != path.stem:
         raise RecordError(f"record {str(path)!r} cannot be read: it holds the record of the key {record.key!r}.")
     return record
