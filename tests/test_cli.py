@@ -245,8 +245,12 @@ def test_plot(finished, tmp_path):
     assert result.stdout.split() == [str(path) for path in written]
     assert all(path.stat().st_size > 1000 for path in written)
     plain = written[1].read_text()
-    run("plot", folder, folder, "--overlay", "based_figure2", "-o", tmp_path / "overlaid")
+    (tmp_path / "mine.csv").write_text("family,label,bytes,accuracy\nbased,d64,4096,0.5\n")
+    assert run("plot", folder, folder, "--overlay", tmp_path / "mine.csv", "-o", tmp_path / "overlaid").exit_code == 0
     assert (tmp_path / "overlaid.svg").read_text() != plain
+    other_data = run("plot", folder, "--overlay", "based_figure2")
+    assert other_data.exit_code == 2
+    assert "has nothing on this data, which is first_token" in other_data.stderr
     assert run("plot", folder, "--overlay", "no_such_paper").exit_code == 2
 
 

@@ -293,7 +293,8 @@ def write_results(run: Path) -> None:
 def draw(records: Sequence[Record], base: Path, overlay: str | None = None, by_slice: bool = False) -> list[Path]:
     """Write the figure of some records: one panel a data setting, or a test slice. Returns the files."""
     from zoo import frontier
-    from zoo.plot import figure, read_overlay, save
+    from zoo.overlay import read_overlay
+    from zoo.plot import figure, save
 
     settings = frontier.split_by_data(records)
     points = read_overlay(overlay, records) if overlay else None

@@ -143,7 +143,7 @@ def _pareto_among(frame: pd.DataFrame, rows: NDArray[np.bool_]) -> NDArray[np.bo
 
 
 def compare(frontier: pd.DataFrame, overlay: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a `frontier_table` that are also points of an overlay (see `zoo.plot.read_overlay`), side by side.
+    """The rows of a `frontier_table` that are also points of an overlay (see `zoo.overlay.read_overlay`), side by side.
 
     A row is a point if it is of the same family and its label has every setting of the point's; a point with several
     readings, `d64 N16 or d128 N8`, gives a row each. Columns family, label, accuracy, low, high, state_bytes, and the

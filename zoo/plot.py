@@ -7,17 +7,14 @@ import io
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from zoo.errors import ConfigError, did_you_mean
-from zoo.frontier import COVERAGE, data_id, frontier_table, split_by_data, staircase
+from zoo.errors import ConfigError
+from zoo.frontier import COVERAGE, staircase
 from zoo.placement import Label, place
-from zoo.record import Record
-from zoo.results import REFERENCE, is_reference, load_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,8 +59,6 @@ OTHER_COLOURS = ("#c2185b", "#00838f", "#6d4c41", "#558b2f", "#4527a0", "#ad6800
 OTHER_MARKERS = ("*", "8", "d", "P", "X", "H", ">")
 
 GREY, PALE = "#6f6f6f", "#e6e6e6"
-PUBLISHED = "data/published"
-OVERLAY_COLUMNS = ("family", "label", "bytes", "accuracy", "uncertainty", "source")
 _RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -87,97 +82,6 @@ def style(family: str) -> Style:
     return Style(name, OTHER_COLOURS[digest[0] % len(OTHER_COLOURS)], OTHER_MARKERS[digest[1] % len(OTHER_MARKERS)])
 
 
-def published() -> list[str]:
-    """The names of the published results that come with the package, for `read_overlay`."""
-    folder = resources.files("zoo").joinpath(PUBLISHED)
-    return sorted(entry.name.removesuffix(".csv") for entry in folder.iterdir() if entry.name.endswith(".csv"))
-
-
-def read_overlay(source: str | Path, records: Sequence[Record] = ()) -> pd.DataFrame:
-    """Points to draw hollow behind a frontier: columns family, label, bytes, accuracy, uncertainty, source.
-
-    source: a CSV file with these columns (`#` begins a comment), the name of published results such as
-    `based_figure2`, a run folder, or `reference`, the package's own runs. Of a run, the trials on the same data as
-    `records` count. `attrs["name"]` is what the figure calls it. Raises ConfigError on anything else.
-    """
-    import pandas as pd
-
-    path = Path(source)
-    name = path.stem if path.suffix == ".csv" else path.name
-    if str(source) in published():
-        text = resources.files("zoo").joinpath(PUBLISHED, f"{source}.csv").read_text("utf-8")
-        frame = _check_overlay(_read_csv(text, str(source)), str(source))
-        name = f"{source} (published, its state by formula)"
-    elif path.is_dir() or is_reference(source):
-        measured = _on_same_data(load_runs([path]), records, str(source))
-        ran = frontier_table(measured)
-        ran = ran[ran["status"] == "ok"]
-        frame = pd.DataFrame(
-            {
-                "family": ran["family"],
-                "label": ran["label"],
-                "bytes": ran["state_bytes"].astype(float),
-                "accuracy": ran["accuracy"],
-                "uncertainty": ((ran["high"] - ran["low"]) / 2).fillna(0.0),
-                "source": str(source),
-            }
-        )
-        if is_reference(source):
-            name = f"reference ({', '.join(sorted({record.provenance.device for record in measured}))})"
-    elif path.is_file():
-        frame = _check_overlay(_read_csv(path.read_text("utf-8"), str(source)), str(source))
-    else:
-        raise ConfigError(
-            f"overlay {str(source)!r} is no CSV file, no run folder and no published result."
-            f"{did_you_mean(str(source), [REFERENCE, *published()])} Published: {', '.join(published())}; "
-            f"measured with zoo: {REFERENCE}."
-        )
-    frame.attrs["name"] = name
-    return frame
-
-
-def _on_same_data(measured: Sequence[Record], records: Sequence[Record], source: str) -> list[Record]:
-    asked = {data_id(record) for record in records}
-    found = [record for record in measured if not asked or data_id(record) in asked]
-    if not found:
-        raise ConfigError(
-            f"overlay {source!r} has no trial on this data; it has: {'; '.join(split_by_data(measured))}."
-        )
-    return found
-
-
-def _read_csv(text: str, source: str) -> pd.DataFrame:
-    import pandas as pd
-
-    try:
-        return pd.read_csv(io.StringIO(text), comment="#")
-    except ValueError as error:
-        raise ConfigError(f"overlay {source!r} is not a CSV file: {str(error).strip()}.") from error
-
-
-def _check_overlay(frame: pd.DataFrame, source: str) -> pd.DataFrame:
-    import pandas as pd
-
-    missing = [name for name in OVERLAY_COLUMNS[:4] if name not in frame]
-    if missing:
-        raise ConfigError(
-            f"overlay {source!r} lacks the column {', '.join(missing)}; a CSV has {','.join(OVERLAY_COLUMNS)} "
-            "(the last two may be left out)."
-        )
-    frame = frame.assign(uncertainty=frame.get("uncertainty", 0.0), source=frame.get("source", source))
-    for column in ("bytes", "accuracy", "uncertainty"):
-        numbers = pd.to_numeric(frame[column], errors="coerce")
-        wrong = ~(numbers > 0) if column == "bytes" else ~numbers.between(0, 1)
-        if wrong.any():
-            row = int(wrong.to_numpy().argmax())
-            allowed = "a number above 0" if column == "bytes" else "a number from 0 to 1"
-            raise ConfigError(
-                f"overlay {source!r}, row {row + 1}: {column} {frame[column].tolist()[row]!r} is not {allowed}."
-            )
-        frame[column] = numbers.astype(float)
-    return frame[list(OVERLAY_COLUMNS)]
-
-
 def figure(
     frontier: pd.DataFrame | Mapping[str, pd.DataFrame],
     overlay: pd.DataFrame | None = None,
@@ -188,7 +92,7 @@ def figure(
 ) -> Figure:
     """Draw a `frontier_table`, or several (`by_slice`, `split_by_data`) as small multiples under their names.
 
-    overlay: see `read_overlay`. limit: see `zoo.frontier.information_limit`; a line, or a remark when it is
+    overlay: see `zoo.overlay.read_overlay`. limit: see `zoo.frontier.information_limit`; a line, or a remark when it is
     left of all points. steps: a family's line is the staircase of its Pareto points instead of joining them. A model
     without state stands at the left, at half the least state: a log axis has no zero.
     Raises ConfigError when no model has a point, or when several frontiers are given with an overlay or a limit.

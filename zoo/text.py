@@ -126,7 +126,7 @@ def frontier_text(records: Sequence[Record]) -> str:
 def comparison_text(records: Sequence[Record], source: str) -> str:
     """Each model that the overlay `source` has as well: accuracies, their difference, states; medians by family."""
     from zoo.frontier import compare, frontier_table
-    from zoo.plot import read_overlay
+    from zoo.overlay import read_overlay
 
     overlay = read_overlay(source, records)
     frame = compare(frontier_table(records), overlay)
