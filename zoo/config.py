@@ -14,14 +14,15 @@ from zoo.errors import ConfigError, did_you_mean
 from zoo.grid import apply_override, expand, merge, read_yaml
 from zoo.mixers import MixerConfig, mixers
 from zoo.record import family_name
+from zoo.settings import Settings
 from zoo.tasks import Task, tasks
 
 ENGINE_VERSION = 3
 """Raise it with every edit of the model, training or evaluation that changes results: it is in every key."""
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+class _Config(Settings):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class LayerConfig(_Config):

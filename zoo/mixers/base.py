@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, ConformanceError
+from zoo.settings import Settings
 from zoo.state import State
 
 
-class MixerConfig(BaseModel):
+class MixerConfig(Settings):
     """Base of every mixer's `Config`: frozen, unknown keys refused. Each field is an axis that a sweep can vary."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 @dataclass(frozen=True)

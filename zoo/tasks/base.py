@@ -10,9 +10,9 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from zoo.errors import ConfigError
+from zoo.settings import Settings
 
 Split = Literal["train", "validation", "test"]
 IGNORE = -100
@@ -38,14 +38,12 @@ class Batch:
         return len(self.tokens)
 
 
-class Task(BaseModel):
+class Task(Settings):
     """Base of every task: a frozen pydantic model that is its own configuration; unknown keys are refused.
 
     Subclasses define the fields, `length`, `vocabulary`, `slice_name` and `generate`. Bad settings raise ConfigError in
     a validator, before any example is made.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     version: ClassVar[int] = 1
     """Raise it with every edit that changes an example: it is part of a trial's key."""
