@@ -169,6 +169,12 @@ ENTRY = ("data", "train", 0)
         (change(["model", "layers"], []), ["model.layers"]),
         (change([*ENTRY[:2]], [{"task": "mqar"}]), ["is no slice", "examples: N"]),
         (change(["model", "d_model"], "wide"), ["model.d_model", "'wide' is not allowed"]),
+        (change(["model", "depth"], 1_000_000), ["model.depth: 1000000 is not allowed", "less than or equal to 1000"]),
+        (change(["model", "d_model"], 10**6), ["model.d_model", "less than or equal to 16384"]),
+        (
+            change(["variants"], [{"seed": list(range(i, i + 15_000))} for i in (0, 15_000)]),
+            ["30,000 trials (variants 2)"],
+        ),
         (change(["training", "epochs"], True), ["training.epochs: True is not allowed: it takes a number"]),
         (change(["optimizer", "lr"], True), ["optimizer.lr: True is not allowed"]),
         (change(["optimizer"], {"lr": 0.01, "clip": False}), ["optimizer.clip: False is not allowed"]),
@@ -230,6 +236,19 @@ def test_heads_that_do_not_divide_d_model_are_found_before_training():
 def test_too_few_examples_for_a_batch_are_found_before_training():
     (trial,) = Sweep.from_dict(mqar(), ["training.batch_size=128"]).trials
     with pytest.raises(ConfigError, match="64 examples, fewer than one batch of 128"):
+        validate(trial)
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("data.train.0.seq_len=100000000", "examples of 100,000,000 tokens are too long .* at most 262,144 tokens"),
+        ("data.test.0.vocab_size=1000000000", "1,000,000,000 tokens by d_model 8 has 8,000,000,000 numbers, more than"),
+    ],
+)
+def test_data_that_no_memory_holds_are_found_before_they_are_drawn(override, why):
+    (trial,) = Sweep.from_dict(mqar(), [override]).trials
+    with pytest.raises(ConfigError, match=why):
         validate(trial)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any, Literal
 
 import pytest
@@ -84,6 +85,28 @@ def test_a_syntax_error_names_file_line_and_reason(text, where, why):
 def test_a_syntax_error_shows_the_line():
     with pytest.raises(ConfigError, match=r"\n    b: 2: 3"):
         read_yaml("a: 1\nb: 2: 3\n", "f.yaml")
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (
+            {"optimizer": {"lr": {"logspace": [-4, -1, 10**9]}}},
+            r"1,000,000,000 trials \(logspace \[-4, -1, 1000000000\]\)",
+        ),
+        ({"seed": list(range(30_000))}, r"30,000 trials \(seed 30000\)"),
+        ({"seed": [0, 1, 2], "optimizer": {"lr": [0.1] * 100, "clip": [1] * 101}}, r"\(lr 100, clip 101\)|seed 3"),
+        (
+            {"model": {"layers": [{"mixer": "based", "feature_dim": list(range(1, 101))}] * 4}},
+            r"\(100 x 100 x 100 x 100\)",
+        ),
+    ],
+)
+def test_a_grid_that_nobody_means_is_refused_before_its_points_are_made(data, what):
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match=rf"{what}.* more than the 20,000 .* split it into several sweeps"):
+        expand(data, Trial)
+    assert time.monotonic() - begin < 2
 
 
 def test_merge_is_deep_and_leaves_its_arguments_alone():

@@ -156,6 +156,13 @@ def test_models_that_cannot_be_built_are_all_told_before_anything_runs(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_fault_that_many_models_share_is_told_once(tmp_path):
+    data = grid(d_model=[8, 16, 24])
+    data["training"]["batch_size"] = 128
+    with pytest.raises(ConfigError, match=r"^running_mean d=8 .* and 2 other models: .* fewer than one batch of 128.*\Z"):
+        plan_sweep(Sweep.from_dict(data), tmp_path)
+
+
 def test_a_mixer_that_cannot_be_built_is_a_failed_trial_and_the_others_go_on(tmp_path):
     trials = sweep(behaviour=["raise_in_init", "good"])
     with pytest.warns(PlanWarning, match="running_mean d=8 .* will fail, .* RuntimeError: this mixer cannot be built"):

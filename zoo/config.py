@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from zoo.errors import ConfigError, did_you_mean
-from zoo.grid import apply_override, expand, merge, read_yaml
+from zoo.grid import apply_override, check_count, expand, merge, read_yaml
 from zoo.mixers import MixerConfig, mixers
 from zoo.record import family_name
 from zoo.settings import Settings
@@ -52,7 +52,7 @@ class LayerConfig(_Config):
 class MLPConfig(_Config):
     """The feed-forward half of a block: `expand` times d_model wide; `identity` has no width, the branch is norm(x)."""
 
-    expand: float = Field(default=4, gt=0)
+    expand: float = Field(default=4, gt=0, le=1000)
     activation: Literal["gelu", "swiglu", "identity"] = "gelu"
 
 
@@ -62,9 +62,9 @@ class ModelConfig(_Config):
     positions: `learned` adds an embedding; `rotary` makes mixers with queries and keys rotate them.
     """
 
-    d_model: int = Field(gt=0)
-    layers: tuple[LayerConfig, ...] = Field(min_length=1)
-    depth: int | None = Field(default=None, gt=0)
+    d_model: int = Field(gt=0, le=2**14)
+    layers: tuple[LayerConfig, ...] = Field(min_length=1, max_length=1000)
+    depth: int | None = Field(default=None, gt=0, le=1000)
     mlp: MLPConfig | None = None
     positions: Literal["none", "learned", "rotary"] = "none"
     norm: Literal["layer", "rms"] = "layer"
@@ -249,14 +249,17 @@ class Sweep:
             raise ConfigError(
                 f"variants: {variants!r} must be a list of mappings, each merged over the shared settings."
             )
-        trials: dict[str, Trial] = {}
+        points = []
         for variant in variants:
             merged = merge(base, variant)
             for override in overrides or []:
                 apply_override(merged, override)
-            for point in expand(merged, Trial):
-                trial = parse(Trial, point, "")
-                trials.setdefault(trial.key, trial)
+            points += expand(merged, Trial)
+        check_count(len(points), f"variants {len(variants)}")
+        trials: dict[str, Trial] = {}
+        for point in points:
+            trial = parse(Trial, point, "")
+            trials.setdefault(trial.key, trial)
         if not trials:
             raise ConfigError("the grid is empty: `variants` has no entries; give it at least one, or leave it out.")
         name = source.get("name", default_name)

@@ -153,7 +153,10 @@ def _answers(
 
 
 def check_data(data: DataConfig) -> None:
-    """Raise ConfigError when two slices of one mixture have the same name: a table could not tell them apart."""
+    """Raise ConfigError when examples are too long, or when two slices of one mixture have the same name: a table could
+    not tell them apart."""
+    for entry in data.entries:
+        entry.options.check_length()
     for mixture in (data.validation, data.test):
         names = [entry.options.slice_name for entry in mixture]
         twice = next((name for name in names if names.count(name) > 1), None)

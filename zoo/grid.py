@@ -14,6 +14,9 @@ from zoo.errors import ConfigError
 from zoo.mixers import mixers
 from zoo.tasks import tasks
 
+MOST_TRIALS = 20_000
+"""Of one sweep: more are a slip of the pen more often than a plan, and take minutes to list."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: `1e-3` is a number, `no` and `1:30` are text; a key given twice is an error."""
@@ -115,7 +118,10 @@ def _item(node: Any, part: str, override: str) -> Any:
 
 
 def expand(data: Any, schema: Any) -> list[Any]:
-    """Every point of the grid `data`, for the pydantic class `schema`, first axis slowest."""
+    """Every point of the grid `data`, for the pydantic class `schema`, first axis slowest.
+
+    Raises ConfigError on an axis without values, and at more than MOST_TRIALS points, before they are made.
+    """
     if isinstance(data, dict):
         if data.keys() == {"logspace"}:
             return _logspace(data["logspace"])
@@ -127,11 +133,23 @@ def expand(data: Any, schema: Any) -> list[Any]:
     return [data]
 
 
+def check_count(trials: int, what: str) -> None:
+    """Raise ConfigError when a sweep has more than MOST_TRIALS trials; `what` makes them so many."""
+    if trials > MOST_TRIALS:
+        raise ConfigError(
+            f"the grid has {trials:,} trials ({what}), more than the {MOST_TRIALS:,} of one sweep; shorten an axis, or "
+            "split it into several sweeps, which may share a run folder."
+        )
+
+
 def _product(data: dict[str, Any], annotations: dict[str, Any]) -> list[dict[str, Any]]:
     axes = [_expand_field(value, annotations.get(key)) for key, value in data.items()]
     for key, axis in zip(data, axes, strict=True):
         if not axis:
             raise ConfigError(f"the grid is empty: {key!r} is an axis without values; give it at least one.")
+    check_count(
+        math.prod(map(len, axes)), ", ".join(f"{key} {len(a)}" for key, a in zip(data, axes, strict=True) if len(a) > 1)
+    )
     return [dict(zip(data, point, strict=True)) for point in itertools.product(*axes)]
 
 
@@ -144,7 +162,9 @@ def _expand_field(value: Any, annotation: Any) -> list[Any]:
         return [point for element in value for point in expand(element, _model_type(annotation))]
     if value and all(isinstance(element, list) for element in value):
         return [point for element in value for point in _expand_field(element, annotation)]
-    return [list(point) for point in itertools.product(*(expand(element, item) for element in value))]
+    items = [expand(element, item) for element in value]
+    check_count(math.prod(map(len, items)), " x ".join(str(len(axis)) for axis in items if len(axis) > 1))
+    return [list(point) for point in itertools.product(*items)]
 
 
 def _expand_polymorphic(data: dict[str, Any], schema: type[BaseModel]) -> list[Any]:
@@ -185,6 +205,7 @@ def _logspace(value: Any) -> list[float]:
     ):
         raise ConfigError(f"logspace: {value!r} must be [first exponent, last exponent, count], such as [-4, -2, 4].")
     first, last, count = value
+    check_count(count, f"logspace {value}")
     exponents = [first] if count == 1 else [first + (last - first) * i / (count - 1) for i in range(count)]
     # Eight digits: the same text, so the same key, whatever the machine's pow() rounds to.
     return [float(f"{10.0**e:.8g}") for e in exponents]

@@ -228,7 +228,7 @@ def _estimate(trials: list[Trial]) -> dict[str, Cost]:
     from zoo.train import validate
 
     parameters: dict[str, int | None] = {}
-    errors: dict[str, None] = {}
+    errors: dict[str, list[str]] = {}
     costs = {}
     for trial in trials:
         same = f"{trial.model.model_dump_json()} {trial.data.model_dump_json()} {trial.training.batch_size}"
@@ -238,7 +238,7 @@ def _estimate(trials: list[Trial]) -> dict[str, Cost]:
                 parameters[same] = validate(trial)
                 _cost(trial, 0)
             except ConfigError as error:
-                errors[f"{trial.label}: {error}"] = None
+                errors.setdefault(str(error), []).append(trial.label)
             except ZooError:
                 raise
             except Exception as error:
@@ -248,7 +248,12 @@ def _estimate(trials: list[Trial]) -> dict[str, Cost]:
         size = parameters[same]
         costs[trial.key] = Cost(0, 0, 0.0) if size is None else _cost(trial, size)
     if errors:
-        raise ConfigError("\n".join(errors))
+        raise ConfigError(
+            "\n".join(
+                f"{who[0]}{f' and {len(who) - 1} other models' if len(who) > 1 else ''}: {error}"
+                for error, who in errors.items()
+            )
+        )
     return costs
 
 

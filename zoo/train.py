@@ -23,6 +23,8 @@ OnEpoch = Callable[[int, Epoch], None]
 
 # A pack leaves some memory to the graphs' own pools and to fragmentation.
 _USABLE_MEMORY = 0.8
+# 8 GiB in fp32, and AdamW's moments as much twice more.
+_MOST_EMBEDDING = 2**31
 
 
 def validate(trial: Trial) -> int:
@@ -37,6 +39,12 @@ def validate(trial: Trial) -> int:
                 f"data.train: {entry.options.slice_name} has {entry.examples} examples, fewer than one batch of "
                 f"{trial.training.batch_size}; raise examples or lower training.batch_size."
             )
+    embedding = trial.data.vocabulary * trial.model.d_model
+    if embedding > _MOST_EMBEDDING:
+        raise ConfigError(
+            f"an embedding of {trial.data.vocabulary:,} tokens by d_model {trial.model.d_model} has {embedding:,} "
+            f"numbers, more than {_MOST_EMBEDDING:,}; lower the task's vocabulary or d_model."
+        )
     return _size(build_model(trial.model, trial.data, trial.seed))
 
 

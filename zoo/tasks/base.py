@@ -16,6 +16,8 @@ from zoo.settings import Settings
 
 Split = Literal["train", "validation", "test"]
 IGNORE = -100
+MOST_TOKENS = 2**18
+"""Of an example: a block of longer ones would take more than 4 GiB an array."""
 BLOCK = 2048
 """Examples that are drawn at once. Another number gives other examples: raise every task's version with it."""
 
@@ -87,6 +89,14 @@ class Task(Settings):
         """Fewest bits of state with which a causal model can reach `accuracy`, or None when no bound is known."""
         return None
 
+    def check_length(self) -> None:
+        """Raise ConfigError when examples are too long to be drawn."""
+        if self.length > MOST_TOKENS:
+            raise ConfigError(
+                f"{type(self).__name__}: examples of {self.length:,} tokens are too long to be drawn, {BLOCK:,} at "
+                f"once; use at most {MOST_TOKENS:,} tokens."
+            )
+
     def sample(self, n: int, seed: int, split: Split, start: int = 0) -> Batch:
         """Examples start .. start + n - 1 of a stream: a pure function of (task, seed, split, index).
 
@@ -94,8 +104,9 @@ class Task(Settings):
         version, seed, split): the same bytes on any machine, in any order, with any number of workers. Splits never
         share a stream.
 
-        Raises ConfigError on an unknown split or a negative n or start.
+        Raises ConfigError on an unknown split, a negative n or start, or more than MOST_TOKENS tokens.
         """
+        self.check_length()
         if split not in get_args(Split):
             raise ConfigError(f"unknown split {split!r}; use one of {', '.join(get_args(Split))}.")
         if n < 0 or start < 0:
