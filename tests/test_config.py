@@ -369,3 +369,35 @@ def test_labels_tell_trials_apart():
     assert len(set(labels)) == 8
     assert labels[0] == "running_mean d=8 lr=0.001 seed=0"
     assert labels[2] == "running_mean d=8 seconds=0.5 lr=0.001 seed=0"
+
+
+def test_a_label_has_what_sets_the_state_also_at_its_default():
+    based, window = Sweep.from_dict(mqar(), ["model.layers=[gated_conv, based],[sliding_window]"]).trials
+    assert based.label == "based d=8 feature_dim=16 lr=0.01 seed=0"
+    assert window.label == "sliding_window d=8 window=64 lr=0.01 seed=0"
+
+
+def test_a_sweeps_labels_tell_any_two_of_its_trials_apart():
+    data = mqar() | {"seed": [0, 1]}
+    data["training"]["epochs"] = [1, 2]
+    data["optimizer"]["weight_decay"] = [0.1, 0.2]
+    data["variants"] = [
+        {"model": {"layers": [["attention"], ["gated_conv", "attention"]], "depth": [None, 4]}},
+        {"model": {"layers": ["based"], "positions": ["none", "learned"]}},
+        {"model": {"layers": ["based"], "mlp": {"expand": 2}}, "data": {"seed": 7}},
+    ]
+    grid = Sweep.from_dict(data)
+    assert len(set(grid.labels.values())) == len(grid.trials) == 8 * (4 + 2 + 1)
+    assert {key.count("layers=") for key in grid.labels.values() if key.startswith("based")} == {0}
+    assert grid.labels[grid.trials[0].key] == (
+        "attention d=8 lr=0.01 seed=0 layers=attention data.seed=0 weight_decay=0.1 epochs=1"
+    )
+
+
+def test_a_sweeps_labels_name_the_data_where_they_differ():
+    slices = [{**mqar()["data"]["test"][0], "num_pairs": n} for n in (2, 3)]
+    grid = Sweep.from_dict(mqar() | {"variants": [{"data": {"train": [s], "test": [s]}} for s in slices]})
+    names = [trial.data.test[0].options.slice_name for trial in grid.trials]
+    assert [label.partition(" on ")[2] for label in grid.labels.values()] == names
+    smaller = Sweep.from_dict(mqar(), ["data.train.0.examples=64,128"])
+    assert [label.split()[-1] for label in smaller.labels.values()] == [f"data.train.0.examples={n}" for n in (64, 128)]

@@ -280,11 +280,28 @@ def test_labels_name_what_varies_within_a_family():
         make_trial("mamba", {"d_state": 16}, d_model=128),
     ]
     assert labels(make_record(trial) for trial in trials) == [
-        "d64 f8",
-        "d64 f16",
+        "d64 epochs=8 f8",
+        "d64 epochs=8 f16",
         "d64 epochs=8",
         "d64 epochs=16",
-        "d128",
+        "d128 epochs=8 N16",
+    ]
+
+
+def test_a_label_has_what_sets_the_state_even_where_all_models_share_it():
+    trials = [make_trial("based", {"feature_dim": 16}, lr=lr) for lr in (0.1, 0.2)]
+    trials += [make_trial("linear_attention", {"feature_dim": None}), make_trial("sliding_window", {"window": 65})]
+    assert labels(make_record(trial) for trial in trials) == ["d64 f16", "d64 f16", "d64", "d64 w65"]
+
+
+def test_a_label_has_what_families_differ_in_and_says_nothing_of_what_a_model_lacks():
+    plain, wide, learned = make_trial("based"), make_trial("mamba"), make_trial("attention")
+    wide["model"]["mlp"] = {"expand": 4, "activation": "gelu"}
+    learned["model"]["positions"] = "learned"
+    assert labels(make_record(trial) for trial in (plain, wide, learned)) == [
+        "d64",
+        "d64 mlp.expand=4 mlp.activation=gelu",
+        "d64 positions=learned",
     ]
 
 
@@ -315,7 +332,7 @@ def test_table_has_one_tidy_row_a_trial():
     assert list(frame["key"]) == [record.key for record in records]
     assert list(frame["status"]) == ["failed", "ok", "diverged", "ok"]
     assert list(frame["family"]) == ["based", "based", "based", "mamba"]
-    assert list(frame["label"]) == ["d64 f8", "d64 f8", "d64 f16", "d64"]
+    assert list(frame["label"]) == ["d64 f8", "d64 f8", "d64 f16", "d64 N16"]
     assert list(frame["lr"]) == [1e-3, 3e-3, 3e-3, 3e-3]
     assert list(frame["seed"]) == [0, 0, 1, 0]
     assert frame["model.layers.1.feature_dim"][1] == 8

@@ -159,7 +159,9 @@ def test_models_that_cannot_be_built_are_all_told_before_anything_runs(tmp_path)
 def test_a_fault_that_many_models_share_is_told_once(tmp_path):
     data = grid(d_model=[8, 16, 24])
     data["training"]["batch_size"] = 128
-    with pytest.raises(ConfigError, match=r"^running_mean d=8 .* and 2 other models: .* fewer than one batch of 128.*\Z"):
+    with pytest.raises(
+        ConfigError, match=r"^running_mean d=8 .* and 2 other models: .* fewer than one batch of 128.*\Z"
+    ):
         plan_sweep(Sweep.from_dict(data), tmp_path)
 
 

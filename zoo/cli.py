@@ -162,9 +162,10 @@ def trial(
     from zoo.text import epoch_text
 
     load_plugins(plugins)
-    trials = Sweep.load(grid, list(overrides)).trials
+    loaded = Sweep.load(grid, list(overrides))
+    trials = loaded.trials
     if len(trials) != 1:
-        some = "".join(f"\n  {t.label}" for t in trials[:5])
+        some = "".join(f"\n  {loaded.labels[t.key]}" for t in trials[:5])
         raise ConfigError(f"{grid} gives {len(trials)} trials; add overrides until one is left. Its first ones:{some}")
     setting = make_setting(device, threads, plugins)
     (record,) = execute((Job.of(trials[0]),), setting, lambda _, epoch: click.echo(epoch_text(epoch), err=True))

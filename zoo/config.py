@@ -14,6 +14,7 @@ from zoo.errors import ConfigError, did_you_mean
 from zoo.grid import apply_override, check_count, expand, merge, read_yaml
 from zoo.mixers import MixerConfig, mixers
 from zoo.record import family_name
+from zoo.results import DIALS, flatten, varying
 from zoo.settings import Settings
 from zoo.tasks import Task, tasks
 
@@ -197,13 +198,15 @@ class Trial(_Config):
 
     @property
     def label(self) -> str:
-        """A short name for progress lines; the key is what identifies a trial."""
-        options = [
-            f"{name}={value}"
-            for layer in self.model.layers
-            if layer.mixer != "gated_conv" or len(self.model.layers) == 1
-            for name, value in layer.options.model_dump(exclude_defaults=True).items()
-        ]
+        """A short name: what sets the size of the state, and the mixers' options that are not their defaults."""
+        options: dict[str, None] = {}
+        for layer in self.model.layers:
+            if layer.mixer == "gated_conv" and len(self.model.layers) > 1:
+                continue
+            changed = layer.options.model_dump(exclude_defaults=True)
+            for name, value in layer.options.model_dump().items():
+                if name in changed or (name in DIALS and value is not None):
+                    options[f"{name}={value}"] = None
         return " ".join(
             [self.model.family, f"d={self.model.d_model}", *options, f"lr={self.optimizer.lr:.2g}", f"seed={self.seed}"]
         )
@@ -268,6 +271,49 @@ class Sweep:
                 f"name: {name!r} must be text without slashes, for the folder runs/NAME; for another: --run FOLDER."
             )
         return cls(str(name), list(trials.values()), source)
+
+    @functools.cached_property
+    def labels(self) -> dict[str, str]:
+        """By key: a trial's label, and whatever else is not the same in all trials of the sweep."""
+        patterns: dict[str, set[str]] = {}
+        for trial in self.trials:
+            patterns.setdefault(trial.model.family, set()).add(_pattern(trial.model))
+        data = [trial.data.model_copy(update={"seed": 0}) for trial in self.trials]
+        titles = {setting: _title(setting) for setting in dict.fromkeys(data)}
+        in_short = len(set(titles.values())) == len(titles)
+        rest = [_beyond_label(trial, in_short) for trial in self.trials]
+        named = varying(rest)
+        labels = {}
+        for trial, setting, settings in zip(self.trials, data, rest, strict=True):
+            parts = [trial.label]
+            parts += [f"layers={_pattern(trial.model)}"] if len(patterns[trial.model.family]) > 1 else []
+            parts += [f"on {titles[setting]}"] if in_short and len(titles) > 1 else []
+            # Of what a trial does not have, nothing is said.
+            parts += [f"{name}={settings[name]}" for name in named if settings.get(name) not in (None, "none")]
+            labels[trial.key] = " ".join(parts)
+        return labels
+
+
+def _pattern(model: ModelConfig) -> str:
+    return "+".join(layer.mixer for layer in model.layers)
+
+
+def _beyond_label(trial: Trial, data_in_short: bool) -> dict[str, Any]:
+    """Flat settings that a trial's label leaves out."""
+    settings = trial.model_dump(
+        mode="json", exclude={"model": {"d_model", "layers"}, "optimizer": {"lr"}, "seed": True}
+    )
+    flat = {f"data.{name}": value for name, value in flatten(settings.pop("data")).items()}
+    if data_in_short:
+        flat = {"data.seed": trial.data.seed}
+    for part in settings.values():
+        flat |= flatten(part)
+    return flat
+
+
+def _title(data: DataConfig) -> str:
+    names = [entry.options.slice_name for entry in data.test]
+    return names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
 
 
 _SWEEP_KEYS = ("name", *Trial.model_fields, "variants")

@@ -51,8 +51,8 @@ class Job:
     attempt: int = 1
 
     @classmethod
-    def of(cls, trial: Trial, cost: float = 1.0) -> Job:
-        return cls(trial.key, trial.label, trial.model_dump(mode="json"), trial.versions, cost)
+    def of(cls, trial: Trial, cost: float = 1.0, label: str | None = None) -> Job:
+        return cls(trial.key, label or trial.label, trial.model_dump(mode="json"), trial.versions, cost)
 
 
 @dataclass(frozen=True)

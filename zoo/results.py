@@ -271,6 +271,8 @@ SYMBOLS = {
     "num_heads": "h",
     "depth": "L",
 }
+# What sets the size of a state: a label has it even where all its family share it, so that a figure says what it is of.
+DIALS = ("d_model", "feature_dim", "d_state", "window")
 
 
 def model_family(record: Record) -> str:
@@ -278,39 +280,50 @@ def model_family(record: Record) -> str:
     return family_name(layer["mixer"] for layer in record.trial["model"]["layers"])
 
 
-def features(record: Record) -> dict[str, Any]:
-    """What tells a record's model from others of its family: flat settings of model, training, engine and mixers."""
+def _shared_settings(record: Record) -> dict[str, Any]:
+    """What a model of any family has: flat settings of model and training, and the engine's version."""
     model, training = record.trial["model"], record.trial["training"]
     flat = {name: value for name, value in flatten(model).items() if not name.startswith("layers.")}
-    flat["layers"] = "+".join(layer["mixer"].rpartition(":")[2] for layer in model["layers"])
+    flat |= {f"training.{name}": value for name, value in flatten(training).items()}
+    return flat | {"engine version": record.versions.get("engine")}
+
+
+def _mixer_settings(record: Record) -> dict[str, Any]:
+    """What only its family has: its layers, their options and versions."""
+    layers = record.trial["model"]["layers"]
     options: dict[str, list[Any]] = {}
-    for layer in model["layers"]:
+    for layer in layers:
         for option, value in flatten(layer).items():
             if option != "mixer":
                 options.setdefault(f"{layer['mixer'].rpartition(':')[2]}.{option}", []).append(value)
+    flat: dict[str, Any] = {"layers": "+".join(layer["mixer"].rpartition(":")[2] for layer in layers)}
     # Several layers of one mixer: one value when they agree, else all of them.
     flat |= {name: v[0] if all(x == v[0] for x in v) else "/".join(map(str, v)) for name, v in options.items()}
-    flat |= {f"training.{name}": value for name, value in flatten(training).items()}
-    return flat | {f"{name} version": v for name, v in record.versions.items() if not name.startswith("task ")}
+    return flat | {f"{name} version": v for name, v in record.versions.items() if name.startswith("mixer ")}
 
 
 def labels(records: Iterable[Record]) -> list[str]:
-    """A short label for each record: `d_model` and the settings that vary within its family, such as `d64 f16`."""
-    known: dict[str, dict[str, Any]] = {}
+    """A short label for each record, such as `d64 f16`: what sets the size of its state, what varies within its family,
+    and what varies among all the records of what every family has."""
+    known: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     described = []
     for record in records:
         identity = json.dumps([record.trial["model"], record.trial["training"], record.versions])
         if identity not in known:
-            known[identity] = features(record)
-        described.append((model_family(record), known[identity]))
+            known[identity] = _shared_settings(record), _mixer_settings(record)
+        described.append((model_family(record), *known[identity]))
     families: dict[str, list[dict[str, Any]]] = {}
-    for name, found in described:
-        families.setdefault(name, []).append(found)
-    shown = {name: {"d_model", *_varying(members)} for name, members in families.items()}
-    return [_label({s: value for s, value in found.items() if s in shown[name]}) for name, found in described]
+    for name, _, own in described:
+        families.setdefault(name, []).append(own)
+    shown = {name: {*varying(members)} for name, members in families.items()}
+    common = {*varying([shared for _, shared, _ in described])}
+    return [
+        _label({s: v for s, v in (shared | own).items() if s.rpartition(".")[2] in DIALS or s in common | shown[name]})
+        for name, shared, own in described
+    ]
 
 
-def _varying(settings: list[dict[str, Any]]) -> list[str]:
+def varying(settings: list[dict[str, Any]]) -> list[str]:
     """The names whose value is not the same in all `settings`, or missing in some, in order of appearance."""
     values: dict[str, list[Any]] = {}
     for flat in settings:
@@ -320,9 +333,12 @@ def _varying(settings: list[dict[str, Any]]) -> list[str]:
 
 
 def _label(settings: dict[str, Any]) -> str:
-    last = [setting.rpartition(".")[2] for setting in settings]
+    last = [setting if setting.startswith("mlp.") else setting.rpartition(".")[2] for setting in settings]
     parts = []
     for (setting, value), short in zip(settings.items(), last, strict=True):
+        # Of what a model does not have, nothing is said.
+        if value in (None, "none"):
+            continue
         name = short if last.count(short) == 1 else setting
         text = f"{value:g}" if isinstance(value, float) else str(value)
         parts.append(f"{SYMBOLS[name]}{text}" if name in SYMBOLS else f"{name}={text}")
@@ -383,7 +399,7 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
 
     records = list(records)
     settings = [flatten(record.trial) for record in records]
-    varying = [name for name in _varying(settings) if name not in _PLAIN]
+    columns_of = [name for name in varying(settings) if name not in _PLAIN]
     rows = []
     for record, flat, label in zip(records, settings, labels(records), strict=True):
         outcome, state = record.outcome, longest_state(record)
@@ -393,7 +409,7 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
             "family": model_family(record),
             "label": label,
             **{short: flat.get(name) for name, short in _PLAIN.items()},
-            **{name: _plain(flat.get(name)) for name in varying},
+            **{name: _plain(flat.get(name)) for name in columns_of},
             "validation_accuracy": outcome.validation_accuracy if outcome else None,
             "test_accuracy": outcome.test_accuracy if outcome else None,
             **{f"accuracy.{part.name}": part.accuracy for part in (outcome.test if outcome else ())},

@@ -49,6 +49,7 @@ class PlannedTrial:
     """A trial of a sweep, and what its run folder already holds of it. seconds: as similar finished trials took."""
 
     trial: Trial
+    label: str
     record: Record | None
     will_run: bool
     cost: Cost | None
@@ -157,7 +158,7 @@ def run_sweep(
         earlier,
         len(jobs) - len(done),
         time.monotonic() - begin,
-        {trial.key: trial.label for trial in sweep.trials},
+        sweep.labels,
         interrupted,
     )
 
@@ -196,7 +197,9 @@ def plan_sweep(
         cost = costs.get(trial.key)
         rate = rates.get(trial.model.family)
         seconds = cost.flops * rate if cost is not None and rate is not None else None
-        plan.append(PlannedTrial(trial, records.get(trial.key), trial.key in due, cost, seconds))
+        plan.append(
+            PlannedTrial(trial, sweep.labels[trial.key], records.get(trial.key), trial.key in due, cost, seconds)
+        )
     return plan
 
 
@@ -214,7 +217,7 @@ def make_packs(plan: Iterable[PlannedTrial], size: int, shard: tuple[int, int] =
     k, n = shard
     # Neighbours in the grid cost about the same, so every n-th is a fair share.
     packs = [
-        tuple(Job.of(p.trial, p.cost.flops) for p in chunk if p.will_run and p.cost is not None)
+        tuple(Job.of(p.trial, p.cost.flops, p.label) for p in chunk if p.will_run and p.cost is not None)
         for chunk in chunks[k - 1 :: n]
     ]
     return sorted(filter(None, packs), key=lambda pack: -sum(job.cost for job in pack))

@@ -33,7 +33,7 @@ def plan_text(plan: Sequence[PlannedTrial], runs: Sequence[Path | str]) -> str:
         status = "run again" if p.will_run and p.record else p.record.status if p.record else "-"
         cost = [f"{p.cost.parameters:,}", f"{p.cost.tokens:.2g}", f"{p.cost.flops:.2g}"] if p.cost else ["", "", ""]
         seconds = "" if p.seconds is None else f"{p.seconds:.3g}"
-        rows.append([p.trial.key[:8], p.trial.label, status, *cost, seconds])
+        rows.append([p.trial.key[:8], p.label, status, *cost, seconds])
     due = [p for p in plan if p.will_run]
     tokens = sum(p.cost.tokens for p in due if p.cost)
     flops = sum(p.cost.flops for p in due if p.cost)
