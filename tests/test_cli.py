@@ -181,6 +181,12 @@ def test_a_file_that_cannot_be_written_is_a_message_and_exit_status_2(finished, 
             run(*command, "--debug")
 
 
+def test_a_folder_is_no_grid(grid_file):
+    result = run("sweep", grid_file.parent)
+    assert result.exit_code == 2
+    assert "is a folder, not a YAML file" in result.stderr
+
+
 def test_a_syntax_error_names_its_line(tmp_path):
     (tmp_path / "bad.yaml").write_text("name: x\nmodel: {d_model: [8\n")
     result = run("sweep", tmp_path / "bad.yaml")
@@ -224,7 +230,25 @@ def test_table(finished):
     frontier = run("table", folder, "--frontier")
     assert frontier.stdout.count("running_mean") == 2
     assert run("table", folder.parent / "rnu").exit_code == 2
-    assert "is no run folder" in run("table", folder.parent / "rnu").stderr
+    assert "does not exist" in run("table", folder.parent / "rnu").stderr
+
+
+def test_a_run_without_records_says_so(tmp_path):
+    (tmp_path / "records").mkdir()
+    for command in (["table"], ["table", "--frontier"], ["table", "--overlay", "reference"], ["plot"], ["report"]):
+        result = run(*command, tmp_path)
+        assert result.exit_code == 2
+        assert f"zoo: {tmp_path}: no trial has left a record yet" in result.stderr
+    assert run("export", tmp_path, "-o", tmp_path / "table.csv").exit_code == 2
+    assert not (tmp_path / "table.csv").exists()
+
+
+def test_a_run_that_cannot_be_written_to_names_the_option(finished, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    for command in ("plot", "report"):
+        result = run(command, finished[0])
+        assert result.exit_code == 2
+        assert "cannot be written to; choose another place with -o" in result.stderr
 
 
 def test_export(finished, tmp_path):
@@ -389,4 +413,5 @@ def test_check_fails_what_breaks_it():
 def test_check_needs_names_that_exist():
     assert "Did you mean 'based'?" in run("check", "baesd").stderr
     assert "nothing to check" in run("check").stderr
+    assert "unknown device 'tpu'; use cpu or cuda" in run("check", "based", "--device", "tpu").stderr
     assert run("check", "no_such_module:Class").exit_code == 2

@@ -127,9 +127,30 @@ def test_get_by_key_or_unique_prefix(store):
 
 
 def test_a_folder_that_is_no_run_is_an_error_with_the_nearest_name(store):
-    with pytest.raises(RecordError, match=r"no run folder.*Did you mean '.*/run'\?"):
+    with pytest.raises(RecordError, match=r"does not exist.*Did you mean '.*/run'\?"):
         RunStore(store.path.parent / "rnu")
     assert not (store.path.parent / "rnu").exists()
+    with pytest.raises(RecordError, match="is no run folder"):
+        RunStore(store.path.parent)
+
+
+def test_a_run_is_found_under_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    RunStore("runs/quick", create=True)
+    with pytest.raises(RecordError, match=r"'quick' does not exist\. Did you mean 'runs/quick'"):
+        RunStore("quick")
+
+
+def test_records_that_cannot_be_written_are_an_error_before_any_is_computed(store, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != store.records)
+    with pytest.raises(PermissionError, match="records"), store.lock():
+        pass
+
+
+def test_there_is_nothing_to_compact(store):
+    with pytest.raises(RecordError, match="has no records to compact"):
+        store.compact()
+    assert not store.archive.exists()
 
 
 def test_a_compacted_run_reads_as_before(store):
@@ -190,7 +211,7 @@ def test_the_reference_comes_with_the_package(tmp_path, monkeypatch):
     assert all(record.outcome.agreement.same_answers > 0.99 for record in reference)
     assert set(RunStore(f"{REFERENCE}/based_figure2").keys()) <= {record.key for record in reference}
     with pytest.raises(
-        RecordError, match=r"'reference/based_figure3' is no run folder.*Did you mean 'reference/based_figure2'"
+        RecordError, match=r"'reference/based_figure3' does not exist.*Did you mean 'reference/based_figure2'"
     ):
         RunStore(f"{REFERENCE}/based_figure3")
     for name in (REFERENCE, f"{REFERENCE}/based_figure2"):
@@ -198,6 +219,9 @@ def test_the_reference_comes_with_the_package(tmp_path, monkeypatch):
         with pytest.raises(RecordError, match="comes with the package and is not written to"):
             RunStore(name).compact()
         assert sorted(RunStore(name).path.rglob("*")) == before
+        with pytest.raises(RecordError, match="comes with the package and is not written to"):
+            RunStore(name, create=True)
+    assert not list(tmp_path.iterdir())
     (tmp_path / REFERENCE).mkdir()
     with pytest.raises(RecordError, match="no run folder"):
         RunStore(REFERENCE)

@@ -14,6 +14,7 @@ import pytest
 from sweep_cases import PLUGIN, grid, plugin, sweep  # noqa: F401
 
 import zoo.executors
+import zoo.sweep
 from zoo.config import Sweep
 from zoo.errors import ConfigError, PluginError, RecordError, UnsupportedError
 from zoo.executors import Job, Setting, execute, import_ray, start_ray
@@ -187,6 +188,18 @@ def test_two_sweeps_cannot_write_to_one_run_folder(tmp_path):
     with RunStore(tmp_path, create=True).lock(), pytest.raises(RecordError, match=f"process {os.getpid()} on"):
         run(sweep(), tmp_path)
     assert kinds(run(sweep(), tmp_path)) == ["ok"]
+
+
+def test_what_another_sweep_has_written_since_the_plan_is_not_run_again(tmp_path, monkeypatch):
+    def plan_then_lose_the_race(*arguments, **settings):
+        plan = plan_sweep(*arguments, **settings)
+        monkeypatch.undo()
+        run(sweep(lr=[0.01, 0.02]), tmp_path)
+        return plan
+
+    monkeypatch.setattr(zoo.sweep, "plan_sweep", plan_then_lose_the_race)
+    summary = run(sweep(lr=[0.01, 0.02, 0.03]), tmp_path)
+    assert (len(summary.done), len(summary.earlier)) == (1, 2)
 
 
 def test_a_corrupt_record_is_set_aside_and_its_trial_runs_again(tmp_path):

@@ -15,7 +15,7 @@ import click
 
 from zoo import __version__
 from zoo.command import Group, debug_option
-from zoo.errors import ConfigError, PluginError, UnknownNameError, UnsupportedError, ZooError, did_you_mean
+from zoo.errors import ConfigError, PluginError, RecordError, UnknownNameError, UnsupportedError, ZooError, did_you_mean
 
 if TYPE_CHECKING:
     from zoo.record import Record
@@ -191,12 +191,11 @@ def plot(runs: tuple[str, ...], overlay: str | None, output: str | None, by_slic
 
     A RUN is a run folder, or `reference`: the published grids as measured with zoo, which come with it.
     """
-    from zoo.results import load_runs
-
+    records = _records(runs)
     base = Path(output) if output else _beside(runs[0], "frontier")
     if base.suffix in (".png", ".svg", ".pdf"):
         base = base.with_suffix("")
-    for path in draw(load_runs(runs), base, overlay, by_slice):
+    for path in draw(records, base, overlay, by_slice):
         click.echo(path)
 
 
@@ -206,10 +205,9 @@ def plot(runs: tuple[str, ...], overlay: str | None, output: str | None, by_slic
 @click.option("--overlay", metavar="FILE", help="One row a model that the overlay has as well; see `zoo plot`.")
 def table(runs: tuple[str, ...], frontier: bool, overlay: str | None) -> None:
     """Print the trials, the frontier, or a comparison with other points."""
-    from zoo.results import load_runs
     from zoo.text import comparison_text, frontier_text, trials_text
 
-    records = load_runs(runs)
+    records = _records(runs)
     if overlay is not None:
         click.echo(comparison_text(records, overlay))
     else:
@@ -221,9 +219,9 @@ def table(runs: tuple[str, ...], frontier: bool, overlay: str | None) -> None:
 @click.option("-o", "--output", required=True, metavar="FILE", help="A .csv or .parquet file.")
 def export(runs: tuple[str, ...], output: str) -> None:
     """Write the table of trials, every setting a column, to a file."""
-    from zoo.results import export, load_runs
+    from zoo.results import export
 
-    export(load_runs(runs), output)
+    export(_records(runs), output)
     click.echo(output)
 
 
@@ -233,10 +231,10 @@ def export(runs: tuple[str, ...], output: str) -> None:
 def report(runs: tuple[str, ...], output: str | None) -> None:
     """Write one self-contained HTML page."""
     from zoo.report import write_report
-    from zoo.results import load_runs
 
+    records = _records(runs)
     path = Path(output) if output else _beside(runs[0], "report.html")
-    write_report(load_runs(runs), path)
+    write_report(records, path)
     click.echo(path)
 
 
@@ -267,11 +265,26 @@ def compact(folder: str, runs: tuple[str, ...]) -> None:
     click.echo(f"{store.archive}: {count} records, {store.archive.stat().st_size:,} bytes")
 
 
+def _records(runs: Sequence[str]) -> list[Record]:
+    from zoo.results import load_runs
+
+    records = load_runs(runs)
+    if not records:
+        raise RecordError(
+            f"{', '.join(runs)}: no trial has left a record yet; `zoo sweep` writes one as each trial ends."
+        )
+    return records
+
+
 def _beside(run: str, name: str) -> Path:
     """In the run's folder, or here if the run is the package's own."""
     from zoo.results import is_reference
 
-    return Path("-".join([*Path(run).parts, name])) if is_reference(run) else Path(run) / name
+    if is_reference(run):
+        return Path("-".join([*Path(run).parts, name]))
+    if not os.access(run, os.W_OK):
+        raise RecordError(f"{run!r} cannot be written to; choose another place with -o.")
+    return Path(run) / name
 
 
 def write_results(run: Path) -> None:
@@ -403,10 +416,12 @@ def check(ctx: click.Context, targets: tuple[str, ...], every: bool, plugins: tu
     """Check that mixers and tasks keep their contract. The exit status is 1 when a check fails."""
     from zoo.mixers import mixers
     from zoo.registry import load_plugins
+    from zoo.sweep import resolve_device
     from zoo.tasks import tasks
     from zoo.testing import render
 
     load_plugins(plugins)
+    device = resolve_device(device)
     assignments = [target for target in targets if re.match(r"[\w.]+=", target)]
     options = read_options(assignments)
     names = [target for target in targets if target not in assignments]

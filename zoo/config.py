@@ -226,7 +226,8 @@ class Sweep:
         file = Path(path)
         if not file.is_file():
             known = [str(p) for p in sorted(file.parent.glob("*.yaml"))] if file.parent.is_dir() else []
-            raise ConfigError(f"sweep file {str(path)!r} does not exist.{did_you_mean(str(path), known)}")
+            what = "is a folder, not a YAML file" if file.is_dir() else "does not exist"
+            raise ConfigError(f"sweep file {str(path)!r} {what}.{did_you_mean(str(path), known)}")
         try:
             text = file.read_text("utf-8")
         except UnicodeDecodeError as error:

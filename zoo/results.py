@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -39,7 +40,9 @@ class RunStore:
 
     def __init__(self, path: str | Path, create: bool = False) -> None:
         self.path = Path(path)
-        self.packaged = not create and is_reference(path)
+        self.packaged = is_reference(path)
+        if self.packaged and create:
+            raise _not_written_to(path)
         if self.packaged:
             self.path = Path(str(resources.files("zoo").joinpath("data", *self.path.parts)))
         self.records = self.path / "records"
@@ -49,9 +52,10 @@ class RunStore:
         elif not is_run(self.path):
             given, parent = Path(path), self.path.parent
             runs = [str(given.parent / p.name) for p in sorted(parent.glob("*")) if is_run(p)]
+            runs += [str(p) for p in sorted(Path("runs").glob("*")) if is_run(p)]
+            what = "is no run folder (it has no records/)" if self.path.exists() else "does not exist"
             raise RecordError(
-                f"{str(path)!r} is no run folder (it has no records/).{did_you_mean(str(path), runs)} "
-                "`zoo sweep FILE --run FOLDER` makes one."
+                f"{str(path)!r} {what}.{did_you_mean(str(path), runs)} `zoo sweep FILE --run FOLDER` makes one."
             )
 
     def __repr__(self) -> str:
@@ -61,11 +65,15 @@ class RunStore:
     def lock(self) -> Iterator[None]:
         """Hold the run folder while writing to it; what an interrupted write left is removed first.
 
+        Raises PermissionError when records cannot be written, before one has been computed.
+
         The operating system frees the lock when its process ends, however it ends. Raises RecordError, with the
         process id of the holder, when another process holds it.
         """
         import fcntl
 
+        if self.records.is_dir() and not os.access(self.records, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.records))
         # Appending, because the holder's name must survive that others open the file.
         with open(self.path / ".lock", "a+") as file:
             try:
@@ -147,15 +155,15 @@ class RunStore:
         """Move every record into the archive, with copies of `others`; returns how many it then holds.
 
         The files are removed when the archive has been read back and is the same. Of two records of one trial the one
-        of `load_runs` stays. Raises RecordError for the package's own runs, which are compact as they are.
+        of `load_runs` stays. Raises RecordError when there are none, and for the package's own runs, which are compact
+        as they are.
         """
         if self.packaged:
-            raise RecordError(
-                f"{str(self.path)!r} comes with the package and is not written to; name a folder of your own, and the "
-                f"run after it: `zoo compact FOLDER {REFERENCE}`."
-            )
+            raise _not_written_to(self.path)
         with self.lock():
             kept = best_of([*self.load(), *others])
+            if not kept:
+                raise RecordError(f"{str(self.path)!r} has no records to compact.")
             _write_durably(self.archive, pack_records(kept))
             if list(read_archive(self.archive).values()) != kept:
                 raise RecordError(f"{str(self.archive)!r} does not hold what was written to it; nothing was removed.")
@@ -206,6 +214,13 @@ def is_run(path: str | Path) -> bool:
 def is_reference(path: str | Path) -> bool:
     """Whether the path names the package's own runs, or one of them; a folder of that name here comes first."""
     return Path(path).parts[:1] == (REFERENCE,) and not Path(REFERENCE).exists()
+
+
+def _not_written_to(path: str | Path) -> RecordError:
+    return RecordError(
+        f"{str(path)!r} comes with the package and is not written to; name a folder of your own. To have its records "
+        f"there: `zoo compact FOLDER {REFERENCE}`, or `zoo sweep GRID --run FOLDER --known {REFERENCE}`."
+    )
 
 
 def _archives(folder: Path) -> list[Path]:

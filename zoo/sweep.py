@@ -131,15 +131,18 @@ def run_sweep(
     _check_arguments(executor, workers, threads, pack, shard)
     setting = make_setting(device, threads, plugins, executor)
     plan = plan_sweep(sweep, run_dir, known=known, retry_failed=retry_failed)
-    earlier = tuple(p.record for p in plan if p.record is not None and not p.will_run)
     store = RunStore(run_dir, create=True)
     done: dict[str, Record] = {}
     interrupted = False
     with store.lock():
+        kept = store.keys()
+        if any(p.record is None and p.trial.key in kept for p in plan):
+            # Another sweep has written since.
+            plan = plan_sweep(sweep, run_dir, known=known, retry_failed=retry_failed)
+        earlier = tuple(p.record for p in plan if p.record is not None and not p.will_run)
         # Long packs first: the last ones to end are then short, and no slot idles for long.
         packs = make_packs(plan, pack or (GPU_PACK if setting.device.startswith("cuda") else 1), shard)
         jobs = [job for members in packs for job in members]
-        kept = store.keys()
         for record in earlier:
             if record.key not in kept:
                 store.write(record)
@@ -168,7 +171,7 @@ def make_setting(
 ) -> Setting:
     """How trials run, checked for this machine. Raises UnsupportedError on a device that is not there."""
     files = tuple(str(Path(p).expanduser().resolve()) if p.endswith(".py") else p for p in plugins)
-    return Setting(_resolve_device(device, executor), threads, files, git=_git_commit())
+    return Setting(resolve_device(device, executor), threads, files, git=_git_commit())
 
 
 def plan_sweep(
@@ -336,7 +339,8 @@ def _check_arguments(
         import_ray()
 
 
-def _resolve_device(device: str | None, executor: str) -> str:
+def resolve_device(device: str | None, executor: str = "inline") -> str:
+    """The device of that name; None is the best one. Raises ConfigError, or UnsupportedError if it is not here."""
     import torch
 
     if device is None:

@@ -60,8 +60,9 @@ def clock(seconds: float) -> str:
 
 def epoch_text(epoch: Epoch) -> str:
     return (
-        f"epoch {epoch.epoch + 1}  step {epoch.step}  lr {epoch.learning_rate:.2e}  train loss {epoch.train_loss:.4f}  "
-        f"validation loss {epoch.validation_loss:.4f}  accuracy {epoch.validation_accuracy:.4f}  {epoch.seconds:.1f} s"
+        f"epoch {epoch.epoch + 1}  step {epoch.step}  lr {epoch.learning_rate:.2e}  "
+        f"train loss {epoch.train_loss:z.4f}  validation loss {epoch.validation_loss:z.4f}  "
+        f"accuracy {epoch.validation_accuracy:.4f}  {epoch.seconds:.1f} s"
     )
 
 
@@ -186,7 +187,7 @@ def _outcome_lines(outcome: Outcome) -> list[str]:
     if slices:
         rows = [["split", "slice", "accuracy", "loss", "examples", "answers"]]
         for split, part in slices:
-            numbers = [f"{part.accuracy:.4f}", f"{part.loss:.4f}", f"{part.examples:,}", f"{part.answers:,}"]
+            numbers = [f"{part.accuracy:.4f}", f"{part.loss:z.4f}", f"{part.examples:,}", f"{part.answers:,}"]
             rows.append([split, part.name, *numbers])
         lines += ["", _indent(aligned(rows, right=range(2, 6)))]
     for state in outcome.state:
