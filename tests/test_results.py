@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import lzma
 import os
@@ -259,6 +260,17 @@ def test_an_interrupted_write_leaves_the_old_record(store, monkeypatch):
         store.write(make_record())
     assert store.load() == [old]
     assert [path.suffix for path in store.records.iterdir()] == [".json"]
+
+
+def test_a_full_disk_is_an_error_that_names_the_record(store, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    record = make_record()
+    with pytest.raises(OSError, match=rf"No space left on device: '.*{record.key}\.json'"):
+        store.write(record)
+    assert not list(store.records.iterdir())
 
 
 def test_several_runs_load_together(tmp_path):
