@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -118,8 +119,9 @@ def test_a_decay_that_needs_no_gradient(V, kind):
 @pytest.mark.parametrize("copy", [True, False])
 @pytest.mark.parametrize(("kind", "alone"), [("none", True), ("head", True), ("head", False), ("step", False)])
 def test_one_program_or_two_walk_back(kind, alone, copy, monkeypatch):
-    """With tiles that the GPU copies, which are whole and of 16 bits, and with others."""
+    """With tiles that the GPU copies (whole, of 16 bits; forward where programs are many), and with others."""
     monkeypatch.setattr(scalar, "walks_alone", lambda q: alone)
+    monkeypatch.setattr(scalar, "crowded", lambda q: alone)
     dtype, T = (torch.float16, 128) if copy else (torch.float32, 34)
     x = arguments(kind, T, K=32, V=16, dtype=dtype)
     if kind != "none":
@@ -128,10 +130,12 @@ def test_one_program_or_two_walk_back(kind, alone, copy, monkeypatch):
     check(x, dtype)
 
 
-def test_gradient_of_a_decay_from_copied_tiles(monkeypatch):
-    """Heads next to each other, and two chunks a program."""
-    monkeypatch.setattr(scalar, "chunks_of_a_program", lambda q, v, chunks: 2)
-    x = arguments("step", 128, H=2, K=32, V=16, dtype=torch.float16)
+@pytest.mark.parametrize("T", [64, 128])
+def test_gradient_of_a_decay_from_copied_tiles(T, monkeypatch):
+    """Heads next to each other, and two chunks a program; one chunk with fewer registers."""
+    monkeypatch.setattr(scalar, "chunks_of_a_program", lambda q, v, chunks: math.gcd(chunks, 2))
+    monkeypatch.setattr(scalar, "crowded", lambda q: True)
+    x = arguments("step", T, H=2, K=32, V=16, dtype=torch.float16)
     assert scalar.copies_tiles(64, x["q"], x["k"], x["v"])
     check(x, torch.float16)
 

@@ -34,7 +34,8 @@ def forward(
     config = configured("linear_recurrence.scalar_forward", forward_config, q, v)
     o, last, states, sums = _results(q, v, decay, return_state, save)
     kept = states if states.shape[1] else None
-    _carry(config, False, False, q, k, v, decay, skip, initial_state, o, kept, last if return_state else None, sums)
+    copy = _small(q, v) and crowded(q) and copies_tiles(config.chunk, q, k, v)
+    _carry(config, False, copy, q, k, v, decay, skip, initial_state, o, kept, last if return_state else None, sums)
     return o, last, states, sums
 
 
@@ -97,6 +98,7 @@ def backward(
             q if dlast is None else dlast.contiguous(), dq_, dk_, dv_, dg, terms, dskip, dfirst, T, H, B * H, *strides,
             *through_strides, **shared, BLOCK_K=padded(K), ALONE=alone, TOGETHER=together,
             KEPT=sums.shape[1] > 0, ONE=T <= C, num_warps=config.num_warps, num_stages=config.num_stages,
+            **registers(q, copy and T <= C),
         )  # fmt: skip
     else:
         config = configured("linear_recurrence.scalar_carry_backward", carry_backward_config, q, v)
@@ -180,7 +182,7 @@ def _carry(
         *v.stride()[:3], *g_strides, *through_strides, K=K, V=V, BLOCK_K=padded(K), BLOCK=block, C=C, DECAY=kind,
         SKIP=skip is not None, REVERSE=reverse, HAS_FIRST=first is not None, HAS_LAST=last is not None,
         SAVE=states is not None, KEEP=sums is not None and sums.shape[1] > 0, PRECISION=precision(q), COPY=copy,
-        ONE=T <= C, num_warps=config.num_warps, num_stages=config.num_stages,
+        ONE=T <= C, num_warps=config.num_warps, num_stages=config.num_stages, **registers(q, copy),
     )  # fmt: skip
 
 
@@ -312,6 +314,16 @@ def chunks_of_a_program(q: Tensor, v: Tensor, chunks: int) -> int:
 
 def _small(q: Tensor, v: Tensor) -> bool:
     return max(padded(q.shape[-1]), padded(v.shape[-1])) <= 64
+
+
+def crowded(q: Tensor) -> bool:
+    """More than three programs for each multiprocessor."""
+    return q.shape[0] * q.shape[2] >= 512
+
+
+def registers(q: Tensor, few: bool) -> dict[str, int]:
+    """For a launch: so many a thread that a third program has room beside two, where `few` are enough."""
+    return {"maxnreg": 168} if few and crowded(q) else {}
 
 
 def _many_heads(q: Tensor) -> bool:
