@@ -68,3 +68,30 @@ def test_dtypes_and_what_does_not_fit() -> None:
         residual_norm(a["x"], a["branch"][:, :3], a["weight"])
     with pytest.raises(UnsupportedError, match="kind 'batch' is unknown; use 'layer' or 'rms'"):
         residual_norm(a["x"], a["branch"], a["weight"], kind="batch")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize(("B", "T", "Q", "D"), [(3, 12, 4, 16), (2, 7, 5, 20), (1, 64, 70, 4)])
+def test_a_stream_wanted_at_positions(impl: str, kind: str, B: int, T: int, Q: int, D: int) -> None:
+    positions = torch.randint(T, (B, Q), generator=torch.Generator().manual_seed(T))
+    op = partial(residual_norm, kind=kind, positions=positions)
+    a = inputs(T, {"x": "BTD", "branch": "BTD", "weight": "D"}, B=B, D=D)
+    check_op(partial(op, impl="reference"), partial(op, impl=impl), a, FP32)
+
+
+def test_a_pack_whose_members_want_other_positions() -> None:
+    pytest.importorskip("triton")
+    a = inputs(8, {"x": "PBTD", "branch": "PBTD", "weight": "PD", "bias": "PD"}, P=3, B=2, D=16)
+    positions = torch.randint(8, (3, 2, 3), generator=torch.Generator().manual_seed(0))
+
+    def loop(**b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = zip(*b.values(), positions, strict=True)
+        each = [residual_norm(*row, positions=asked, impl="reference") for *row, asked in rows]
+        return tuple(torch.stack(column) for column in zip(*each, strict=True))
+
+    def pack(**b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        op = torch.func.vmap(lambda *row: tuple(residual_norm(*row[:-1], positions=row[-1], impl="triton")))
+        return op(*b.values(), positions)
+
+    check_op(loop, pack, a, FP32)

@@ -104,18 +104,21 @@ class Model(nn.Module):
     def features(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens (B, T), positions (B, Q) -> the head's input at those positions (B, Q, D)."""
         x, normed = self._begin(tokens)
-        for block, after in zip(self.blocks, [*self.blocks[1:], None], strict=True):
-            branch: Tensor | None
-            if after is None:
-                # What follows looks at each position alone, so only the asked ones go on.
-                x, branch = _asked(block.mixer, x, normed, positions)
-            else:
-                branch = block.mixer(normed)
+        *others, last = self.blocks
+        for block, after in zip(others, self.blocks[1:], strict=True):
+            branch = block.mixer(normed)
             if block.mlp is not None and block.mlp_norm is not None:
                 x, normed = _join(x, branch, block.mlp_norm)
                 branch = block.mlp(normed)
-            x, normed = _join(x, branch, self.norm if after is None else after.norm)
-        return normed
+            # What follows the last mixer looks at each position alone, so only the asked ones go on.
+            x, normed = _join(x, branch, after.norm, positions if after is last else None)
+        if not others:
+            x = joined_rows(x, None, positions)
+        branch = _asked(last.mixer, normed, positions)
+        if last.mlp is not None and last.mlp_norm is not None:
+            x, normed = _join(x, branch, last.mlp_norm)
+            branch = last.mlp(normed)
+        return _join(x, branch, self.norm).normed
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens (B, T), positions (B, Q) -> logits (B, Q, V) at those positions."""
@@ -183,18 +186,21 @@ class Model(nn.Module):
         return embedding_norm(tokens, table, norm.weight, bias, kind=kind, eps=eps)
 
 
-def _asked(mixer: Mixer, x: Tensor, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x and mixer(normed) at positions (B, Q), each (B, Q, D), or, if it costs less, their sum and None."""
-    y = mixer.forward_at(normed, positions)
-    if y is None:
-        return joined_rows(x, mixer(normed), positions), None
-    return joined_rows(x, None, positions), y
+def _asked(mixer: Mixer, x: Tensor, positions: Tensor) -> Tensor:
+    """mixer(x) at positions (B, Q), (B, Q, D)."""
+    y = mixer.forward_at(x, positions)
+    return joined_rows(mixer(x), None, positions) if y is None else y
 
 
-def _join(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm | nn.RMSNorm) -> ResidualNorm:
-    """The residual stream x with a layer's output added, and `norm` of it, in one pass over memory on a GPU."""
+def _join(
+    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm | nn.RMSNorm, positions: Tensor | None = None
+) -> ResidualNorm:
+    """The residual stream x with a layer's output added, and `norm` of it, in one pass over memory on a GPU.
+
+    positions: (B, Q), where the stream is wanted; None: everywhere.
+    """
     bias, kind, eps = _options(norm, x)
-    return residual_norm(x, branch, norm.weight, bias, kind=kind, eps=eps)
+    return residual_norm(x, branch, norm.weight, bias, kind=kind, eps=eps, positions=positions)
 
 
 def _options(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> tuple[Tensor | None, Kind, float]:

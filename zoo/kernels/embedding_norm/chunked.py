@@ -12,4 +12,4 @@ from zoo.kernels.token_embedding.chunked import token_embedding
 def embedding_norm(
     tokens: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return chunked.residual_norm(token_embedding(tokens, table), None, weight, bias, kind, eps, dtype)
+    return chunked.residual_norm(token_embedding(tokens, table), None, weight, bias, None, kind, eps, dtype)

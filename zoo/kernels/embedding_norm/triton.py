@@ -107,7 +107,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ctx: Any, dstream: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
     _, table, weight, stream = ctx.saved_tensors
     dx, _, dweight, dbias = torch.ops.zoo.residual_norm_backward(
-        stream, weight, dstream, dnormed, False, ctx.has_bias, ctx.rms, ctx.eps, stream.dtype
+        stream, weight, dstream, dnormed, None, False, ctx.has_bias, ctx.rms, ctx.eps, stream.dtype
     )
     return None, gradient(ctx.places, dx, table), dweight, dbias if ctx.has_bias else None, *[None] * 4
 

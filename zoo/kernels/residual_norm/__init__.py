@@ -16,7 +16,7 @@ Kind = Literal["layer", "rms"]
 
 
 class ResidualNorm(NamedTuple):
-    """stream (M, D) in x's dtype; normed (M, D), under autocast in its dtype."""
+    """stream (..., D) in x's dtype; normed (..., D), under autocast in its dtype."""
 
     stream: Tensor
     normed: Tensor
@@ -30,6 +30,7 @@ def residual_norm(
     *,
     kind: Kind = "layer",
     eps: float = 1e-5,
+    positions: Tensor | None = None,
     impl: str | None = None,
 ) -> ResidualNorm:
     """stream = x + branch; normed = weight * (stream - mean) / sqrt(var + eps) + bias (arXiv 1607.06450, eq. 4).
@@ -40,20 +41,23 @@ def residual_norm(
     Args:
         x, branch: (..., D); without a branch, the stream is x.
         weight, bias: (D,).
+        positions: (B, Q) int64 in [0, T), for x (B, T, D): the stream is wanted there alone, (B, Q, D).
         impl: "reference", "chunked", "triton", or None to choose by device.
 
     Returns:
-        stream (..., D) in x's dtype, normed (..., D).
+        stream (..., D), or at the positions, in x's dtype; normed (..., D).
 
     Raises:
         UnsupportedError: shapes do not fit, the kind is unknown, or there is no such backend.
     """
     rows = [None if y is None else y.flatten(0, -2) for y in (x, branch)]
     check_shapes("residual_norm", x=(rows[0], "MD"), branch=(rows[1], "MD"), weight=(weight, "D"), bias=(bias, "D"))
+    if positions is not None:
+        check_shapes("residual_norm", x=(x, "BTD"), positions=(positions, "BQ"))
     if kind not in ("layer", "rms"):
         raise UnsupportedError(f"residual_norm: kind {kind!r} is unknown; use 'layer' or 'rms'.")
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     module = backend(__name__, IMPLS, impl, x.device)
     with full_precision(x):
-        return ResidualNorm(*module.residual_norm(x, branch, weight, bias, kind, eps, dtype))
+        return ResidualNorm(*module.residual_norm(x, branch, weight, bias, positions, kind, eps, dtype))

@@ -6,12 +6,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.kernels.joined_rows import joined_rows
+
 
 def residual_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str, eps: float, dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor | None,
+    kind: str,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     stream = x if branch is None else x + branch.to(x.dtype)
+    kept = stream if positions is None else joined_rows(stream, None, positions, impl="chunked")
     if kind == "layer":
-        return stream, F.layer_norm(stream, weight.shape, weight, bias, eps).to(dtype)
+        return kept, F.layer_norm(stream, weight.shape, weight, bias, eps).to(dtype)
     normed = F.rms_norm(stream, weight.shape, weight, eps)
-    return stream, (normed if bias is None else normed + bias).to(dtype)
+    return kept, (normed if bias is None else normed + bias).to(dtype)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.early import kernel, wait_for_earlier
+from zoo.kernels.joined_rows.kernels import add_of_several, askers
 
 
 @triton.jit
@@ -44,13 +45,26 @@ def forward_kernel(
         tl.store(normed + at, (unit * scale[None, :] + shift[None, :]).to(normed.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _passed(rows, positions, t, Q, column, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """The slopes of the stream at tokens t of a sequence: those of its places (Q, D) that ask for them."""
+    count, place = askers(positions, t, Q, ROWS, BLOCK_Q)
+    mask = (count == 1)[:, None] & (column < D)[None, :]
+    passed = tl.load(rows + place[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if tl.max(count, 0) > 1:
+        passed = add_of_several(passed, rows, positions, t, count, Q, column, D)
+    return passed
+
+
 @kernel
 def backward_kernel(
-    stream, weight, dstream, dnormed, dx, dbranch, dweight, dbias, M, steps, parts, eps,
-    STREAM: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    stream, weight, dstream, dnormed, positions, dx, dbranch, dweight, dbias, M, T, Q, steps, parts, eps,
+    STREAM: tl.constexpr, ASKED: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """dweight and dbias (groups, parts, D) are sums over the rows of a program."""
+    """dstream (groups, M, D), or, if ASKED, at positions (groups, M / T, Q) of sequences of T, a multiple of ROWS.
+
+    dweight and dbias (groups, parts, D) are sums over the rows of a program."""
     wait_for_earlier()
     group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     column = tl.arange(0, BLOCK_D)
@@ -64,7 +78,15 @@ def backward_kernel(
         total = tl.load(stream + at, mask=mask, other=0.0).to(tl.float32)
         slope = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
         if STREAM:
-            passed = tl.load(dstream + at, mask=mask, other=0.0).to(tl.float32)
+            if ASKED:
+                first = tl.minimum((part * steps + step) * ROWS, M - ROWS)
+                sequence = ((group * M + first) // T).to(tl.int64)
+                passed = _passed(
+                    dstream + sequence * Q * D, positions + sequence * Q, first % T + tl.arange(0, ROWS), Q,
+                    column, D, ROWS, BLOCK_Q,
+                )  # fmt: skip
+            else:
+                passed = tl.load(dstream + at, mask=mask, other=0.0).to(tl.float32)
         unit, inverse = standardised(total, column, eps, RMS, D)
         sum_scale += tl.sum(slope * unit, 0)
         sum_shift += tl.sum(slope, 0)

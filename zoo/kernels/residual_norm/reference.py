@@ -9,10 +9,20 @@ from zoo.kernels.backend import state_dtype
 
 
 def residual_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str, eps: float, dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor | None,
+    kind: str,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     wide = state_dtype(x.dtype)
     stream = x.to(wide) if branch is None else x.to(wide) + branch.to(wide)
     centred = stream - stream.mean(-1, keepdim=True) if kind == "layer" else stream
     normed = weight.to(wide) * centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-    return stream.to(x.dtype), (normed if bias is None else normed + bias.to(wide)).to(dtype)
+    kept = stream.to(x.dtype)
+    if positions is not None:
+        kept = torch.stack([rows[asked] for rows, asked in zip(kept, positions, strict=True)])
+    return kept, (normed if bias is None else normed + bias.to(wide)).to(dtype)

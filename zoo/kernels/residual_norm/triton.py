@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from zoo.kernels.joined_rows import joined_rows
 from zoo.kernels.launch import Config, check_launch, configured, fold_batch
 from zoo.kernels.parts import sum_all
 from zoo.kernels.residual_norm import kernels
@@ -21,18 +22,36 @@ SUMMING_PROGRAMS = 2048
 
 
 def residual_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str, eps: float, dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor | None,
+    kind: str,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     check_launch("residual_norm", x, branch, weight)
     if x.numel() == 0:
-        return (x if branch is None else x + branch), (x * weight).to(dtype)
+        stream = x if branch is None else x + branch
+        return stream if positions is None else stream[:, : positions.shape[1]], (x * weight).to(dtype)
     # Where there is none, any tensor stands in: it is not read.
     given = (x if branch is None else branch, weight, weight if bias is None else bias)
     rows, others = x.reshape(1, -1, x.shape[-1]), given[0].reshape(1, -1, x.shape[-1])
-    stream, normed = torch.ops.zoo.residual_norm(
-        rows, others, given[1][None], given[2][None], branch is not None, bias is not None, kind == "rms", eps, dtype
+    asked = None if positions is None else positions[None]
+    stream, normed, kept = torch.ops.zoo.residual_norm(
+        rows,
+        others,
+        given[1][None],
+        given[2][None],
+        asked,
+        branch is not None,
+        bias is not None,
+        kind == "rms",
+        eps,
+        dtype,
     )
-    return stream.view(x.shape), normed.view(x.shape)
+    return stream.view(x.shape) if positions is None else kept.squeeze(0), normed.view(x.shape)
 
 
 @torch.library.custom_op("zoo::residual_norm", mutates_args=())
@@ -41,12 +60,17 @@ def _forward(
     branch: Tensor,
     weight: Tensor,
     bias: Tensor,
+    positions: Tensor | None,
     has_branch: bool,
     has_bias: bool,
     rms: bool,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x and branch (groups, M, D), positions (groups, B, Q) with M = B T.
+
+    The stream (groups, M, D), normed, and the stream at the positions (groups, B, Q, D); without any, no elements.
+    """
     x, branch = x.contiguous(), branch.contiguous()
     stream, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
     programs, launch = _launch(x, configured("residual_norm.forward", config_of, x), PROGRAMS)
@@ -54,7 +78,11 @@ def _forward(
         x, branch, weight.contiguous(), bias.contiguous(), stream, normed, eps=eps,
         BRANCH=has_branch, BIAS=has_bias, RMS=rms, **launch,
     )  # fmt: skip
-    return stream, normed
+    if positions is None:
+        return stream, normed, stream.new_empty(len(stream), 0)
+    sequences = positions.flatten(0, 1)
+    kept = joined_rows(stream.view(len(sequences), -1, x.shape[2]), None, sequences, impl="triton")
+    return stream, normed, kept.view(*positions.shape, -1)
 
 
 @_forward.register_fake
@@ -63,13 +91,15 @@ def _(
     branch: Tensor,
     weight: Tensor,
     bias: Tensor,
+    positions: Tensor | None,
     has_branch: bool,
     has_bias: bool,
     rms: bool,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = (len(x), 0) if positions is None else (*positions.shape, x.shape[2])
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), x.new_empty(kept)
 
 
 @torch.library.custom_op("zoo::residual_norm_backward", mutates_args=())
@@ -78,20 +108,25 @@ def _backward(
     weight: Tensor,
     dstream: Tensor | None,
     dnormed: Tensor,
+    positions: Tensor | None,
     has_branch: bool,
     has_bias: bool,
     rms: bool,
     eps: float,
     branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    groups, _, D = stream.shape
-    programs, launch = _launch(stream, configured("residual_norm.backward", backward_config, stream), SUMMING_PROGRAMS)
+    """dstream (groups, M, D), or at positions (groups, B, Q, D)."""
+    groups, M, D = stream.shape
+    T, Q = (0, 1) if positions is None else (M // positions.shape[1], positions.shape[2])
+    config = configured("residual_norm.backward", backward_config, stream)
+    programs, launch = _launch(stream, config, SUMMING_PROGRAMS, T)
     dx, dbranch = torch.empty_like(stream), torch.empty_like(stream, dtype=branch_dtype)
     parts = [stream.new_empty(groups, programs // groups, D, dtype=torch.float32) for _ in range(1 + has_bias)]
     kernels.backward_kernel[(programs,)](
         stream, weight.contiguous(), stream if dstream is None else dstream.contiguous(), dnormed.contiguous(),
-        dx, dbranch, parts[0], parts[-1], eps=eps,
-        STREAM=dstream is not None, BRANCH=has_branch, BIAS=has_bias, RMS=rms, **launch,
+        stream if positions is None else positions.contiguous(), dx, dbranch, parts[0], parts[-1], T=T, Q=Q, eps=eps,
+        STREAM=dstream is not None, ASKED=positions is not None, BRANCH=has_branch, BIAS=has_bias, RMS=rms,
+        BLOCK_Q=min(64, triton.next_power_of_2(Q)), **launch,
     )  # fmt: skip
     dweight, *dbias = sum_all(parts, weight.dtype)
     return dx, dbranch, dweight, dbias[0] if has_bias else weight.new_empty(groups, 0)
@@ -103,6 +138,7 @@ def _(
     weight: Tensor,
     dstream: Tensor | None,
     dnormed: Tensor,
+    positions: Tensor | None,
     has_branch: bool,
     has_bias: bool,
     rms: bool,
@@ -124,11 +160,12 @@ def backward_config(x: Tensor) -> Config:
     return Config(chunk=1, block=512, num_warps=1, num_stages=1)
 
 
-def _launch(x: Tensor, config: Config, most: int) -> tuple[int, dict[str, Any]]:
-    """How many programs, and what every kernel is told of its work."""
+def _launch(x: Tensor, config: Config, most: int, T: int = 0) -> tuple[int, dict[str, Any]]:
+    """How many programs, and what every kernel is told of its work. T: blocks of rows must divide it, if not 0."""
     groups, M, D = x.shape
     block = triton.next_power_of_2(D)
     rows = max(1, min(config.block // block, triton.next_power_of_2(M)))
+    rows = min(rows, T & -T) if T else rows
     blocks = triton.cdiv(M, rows)
     steps = triton.cdiv(blocks, max(1, most // groups))
     parts = triton.cdiv(blocks, steps)
@@ -137,21 +174,23 @@ def _launch(x: Tensor, config: Config, most: int) -> tuple[int, dict[str, Any]]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, branch, weight, _, *ctx.options, _ = inputs
+    _, branch, weight, _, positions, *ctx.options, _ = inputs
     ctx.branch_dtype, ctx.dtype = branch.dtype, output[1].dtype
-    ctx.save_for_backward(output[0], weight)
+    ctx.save_for_backward(output[0], weight, positions)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dstream: Tensor | None, dnormed: Tensor | None) -> tuple[Tensor | None, ...]:
-    stream, weight = ctx.saved_tensors
+def _gradients(
+    ctx: Any, dstream: Tensor | None, dnormed: Tensor | None, dkept: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    stream, weight, positions = ctx.saved_tensors
     if dnormed is None:
         dnormed = torch.zeros_like(stream, dtype=ctx.dtype)
     dx, dbranch, dweight, dbias = torch.ops.zoo.residual_norm_backward(
-        stream, weight, dstream, dnormed, *ctx.options, ctx.branch_dtype
+        stream, weight, dstream if positions is None else dkept, dnormed, positions, *ctx.options, ctx.branch_dtype
     )
     has_branch, has_bias, *_ = ctx.options
-    return dx, dbranch if has_branch else None, dweight, dbias if has_bias else None, *[None] * 5
+    return dx, dbranch if has_branch else None, dweight, dbias if has_bias else None, *[None] * 6
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
