@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from zoo.kernels.backend import state_dtype
 from zoo.kernels.projections import projections
+from zoo.kernels.selective_inputs import selective_inputs
 from zoo.kernels.selective_scan import selective_scan
 from zoo.kernels.short_conv import MAX_WIDTH, short_conv
 from zoo.mixers.base import LayerInfo
-from zoo.mixers.recurrent import Pick, ReadoutMixer, everywhere
+from zoo.mixers.recurrent import Pick, ReadoutMixer, beside, everywhere
 
 
 class MambaState(NamedTuple):
@@ -52,12 +53,11 @@ class Mamba(ReadoutMixer):
         super().__init__(config, layer)
         inner = config.expand * layer.d_model
         rank = math.ceil(layer.d_model / 16) if config.dt_rank == "auto" else config.dt_rank
-        self.splits = [rank, config.d_state, config.d_state]
         self.in_proj = nn.Linear(layer.d_model, 2 * inner, bias=False)
         bound = config.conv_width**-0.5
         self.conv_weight = nn.Parameter(torch.empty(inner, config.conv_width).uniform_(-bound, bound))
         self.conv_bias = nn.Parameter(torch.empty(inner).uniform_(-bound, bound))
-        self.x_proj = nn.Linear(inner, sum(self.splits), bias=False)
+        self.x_proj = nn.Linear(inner, rank + 2 * config.d_state, bias=False)
         self.dt_proj = nn.Linear(rank, inner)
         self.A_log = nn.Parameter(torch.arange(1, config.d_state + 1, dtype=torch.float32).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
@@ -82,19 +82,23 @@ class Mamba(ReadoutMixer):
         self, x: Tensor, state: MambaState | None, return_state: bool, pick: Pick = everywhere
     ) -> tuple[Tensor, MambaState | None]:
         cache, ssm = (None, None) if state is None else state
-        x, z = projections(x, *self.in_proj.weight.chunk(2))
+        W_x, W_z = self.in_proj.weight.chunk(2)
+        if pick is everywhere:
+            x, z = projections(x, W_x, W_z)
+        else:
+            (x,), (asked,) = beside(pick, x)
+            x, z = F.linear(x, W_x), F.linear(asked, W_z)
         x, cache = short_conv(
             x, self.conv_weight, self.conv_bias, "silu", initial_state=cache, return_state=return_state
         )
-        dt, B, C = self.x_proj(x).split(self.splits, dim=-1)
         # As in the official kernel, the step is rounded to half precision, if at all, before its bias and softplus.
-        dt, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias
-        A = -torch.exp(self.A_log)
+        x, dt, B, C = selective_inputs(x, self.x_proj.weight, self.dt_proj.weight)
+        A, bias = -torch.exp(self.A_log), self.dt_proj.bias
         # The scan gates its output, unless few positions of it are asked for.
         gate = z if pick is everywhere else None
         y, ssm = selective_scan(
             x, dt, A, B, C, self.D, gate, dt_bias=bias, initial_state=ssm, return_state=return_state
         )
         if gate is None:
-            y = pick(y) * F.silu(pick(z))
+            y = pick(y) * F.silu(z)
         return self.out_proj(y), None if cache is None or ssm is None else MambaState(cache, ssm)
