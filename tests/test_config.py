@@ -189,6 +189,10 @@ ENTRY = ("data", "train", 0)
         (change(["model", "positions"], "sine"), ["model.positions", "'sine'", "'rotary'"]),
         (change(["optimizer"], {}), ["optimizer.lr: is missing"]),
         (change(["optimizer", "lr"], float("nan")), ["optimizer.lr: nan is not allowed"]),
+        (
+            change(["model", "layers"], [{"mixer": "hyena", "filter_frequency": float("inf")}]),
+            ["mixer hyena", "finite"],
+        ),
         (change(["optimizer", "lr"], float("inf")), ["optimizer.lr: inf is not allowed", "finite"]),
         (change(["optimizer"], {"lr": 0.01, "betas": [0.9, 1.5]}), ["optimizer.betas.1: 1.5 is not allowed"]),
         (change(["optimizer"], {"lr": 0.01, "betas": [-2, 0.5]}), ["optimizer.betas.0: -2 is not allowed"]),

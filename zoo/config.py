@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from zoo.errors import ConfigError, did_you_mean
 from zoo.grid import apply_override, check_count, expand, merge, read_yaml
@@ -22,11 +22,7 @@ ENGINE_VERSION = 3
 """Raise it with every edit of the model, training or evaluation that changes results: it is in every key."""
 
 
-class _Config(Settings):
-    model_config = ConfigDict(allow_inf_nan=False)
-
-
-class LayerConfig(_Config):
+class LayerConfig(Settings):
     """One layer of the pattern: `based`, or `{mixer: based, feature_dim: 16}`; other keys are the mixer's Config."""
 
     mixer: str
@@ -50,14 +46,14 @@ class LayerConfig(_Config):
         return {"mixer": self.mixer, **self.options.model_dump(mode="json")}
 
 
-class MLPConfig(_Config):
+class MLPConfig(Settings):
     """The feed-forward half of a block: `expand` times d_model wide; `identity` has no width, the branch is norm(x)."""
 
     expand: float = Field(default=4, gt=0, le=1000)
     activation: Literal["gelu", "swiglu", "identity"] = "gelu"
 
 
-class ModelConfig(_Config):
+class ModelConfig(Settings):
     """Token embedding, then `depth` blocks whose mixers repeat the pattern `layers`, then a tied head.
 
     positions: `learned` adds an embedding; `rotary` makes mixers with queries and keys rotate them.
@@ -81,7 +77,7 @@ class ModelConfig(_Config):
         return family_name(layer.mixer for layer in self.layers)
 
 
-class DataEntry(_Config):
+class DataEntry(Settings):
     """One slice of a mixture: `{task: mqar, seq_len: 64, num_pairs: 8, examples: 20000}`."""
 
     task: str
@@ -107,7 +103,7 @@ class DataEntry(_Config):
         return {"task": self.task, "examples": self.examples, **self.options.model_dump(mode="json")}
 
 
-class DataConfig(_Config):
+class DataConfig(Settings):
     """Mixtures for training, validation and test, each from streams of its own.
 
     `validation` left out is the test mixture, drawn from the validation streams. `seed` picks the streams.
@@ -141,7 +137,7 @@ class DataConfig(_Config):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimizerConfig(_Config):
+class OptimizerConfig(Settings):
     """AdamW; weight decay on matrices only (not on norms, biases, or what a mixer exempts).
 
     schedule: `cosine` falls to 0 over all steps, `cosine_per_epoch` the same in one step an epoch (the published
@@ -156,7 +152,7 @@ class OptimizerConfig(_Config):
     clip: float | None = Field(default=1.0, gt=0)
 
 
-class TrainingConfig(_Config):
+class TrainingConfig(Settings):
     """How long. stop_accuracy: stop at the end of an epoch whose mean validation accuracy reaches it, None = never."""
 
     epochs: int = Field(gt=0)
@@ -165,7 +161,7 @@ class TrainingConfig(_Config):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class Trial(_Config):
+class Trial(Settings):
     """One training run, fully resolved: everything that its result depends on."""
 
     data: DataConfig

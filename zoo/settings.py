@@ -9,12 +9,13 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Settings(BaseModel):
-    """Frozen; unknown keys are refused, and so are true and false for a number, which pydantic reads as 1 and 0.
+    """Frozen; unknown keys and infinite numbers are refused, and so are true and false for a number, which pydantic
+    reads as 1 and 0.
 
     Other spellings of the same number, `8.0` or `"8"` for 8, give the same trial and the same key.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 
 from zoo.errors import ConfigError
 from zoo.settings import Settings
@@ -46,6 +47,9 @@ class Task(Settings):
     Subclasses define the fields, `length`, `vocabulary`, `slice_name` and `generate`. Bad settings raise ConfigError in
     a validator, before any example is made.
     """
+
+    # A task's own validators say what it takes, also of numbers that are not finite.
+    model_config = ConfigDict(allow_inf_nan=True)
 
     version: ClassVar[int] = 1
     """Raise it with every edit that changes an example: it is part of a trial's key."""
