@@ -40,6 +40,12 @@ def _registries_as_they_were(monkeypatch):
     for registry in (mixers, tasks):
         monkeypatch.setattr(registry, "_registered", dict(registry._registered))
         monkeypatch.setattr(registry, "_entry_points", None)
+    before = set(sys.modules)
+    yield
+    # A file is imported once: what it registered would be missing from then on.
+    for name in set(sys.modules) - before:
+        if name.startswith("zoo_plugin_"):
+            del sys.modules[name]
 
 
 @pytest.fixture
