@@ -68,3 +68,41 @@ def test_dtypes_and_what_does_not_fit() -> None:
         embedding_norm(tokens.float(), table, weight)
     with pytest.raises(UnsupportedError, match="weight has shape"):
         embedding_norm(tokens, table, weight[:7])
+
+
+def first_two(
+    tokens: Tensor, positions: Tensor | None, table: Tensor, weight: Tensor, after: Tensor, *, impl: str
+) -> tuple[Tensor, ...]:
+    """Two norms of a stream that a layer's output is added to between them."""
+    if impl == "reference":
+        x, normed = two(tokens, table, weight)
+        return residual_norm(x, normed.sin(), after, positions=positions, impl=impl)
+    x, normed = embedding_norm(tokens, table, weight, lookup=True, impl=impl)
+    return residual_norm(x, normed.sin(), after, positions=positions, lookup=(tokens, table), impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_stream_that_is_looked_up_where_it_is_added_to(impl: str, asked: bool) -> None:
+    tokens, positions = tokens_of(3, 12, V=9), tokens_of(3, 5, V=12) if asked else None
+    a = inputs(12, {"table": "VD", "weight": "D", "after": "D"}, V=9, D=20)
+    op = partial(first_two, tokens, positions)
+    check_op(partial(op, impl="reference"), partial(op, impl=impl), a, FP32)
+
+
+def test_a_pack_looks_up_in_tables_of_its_own() -> None:
+    pytest.importorskip("triton")
+    tokens, positions = tokens_of(3, 2, 12, V=9), tokens_of(3, 2, 5, V=12)
+    a = inputs(12, {"table": "PVD", "weight": "PD", "after": "PD"}, P=3, V=9, D=20)
+
+    def each(*b: Tensor) -> tuple[Tensor, ...]:
+        results = [first_two(*row, impl="reference") for row in zip(tokens, positions, *b, strict=True)]
+        return tuple(torch.stack(column) for column in zip(*results, strict=True))
+
+    def pack(*b: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.func.vmap(partial(first_two, impl="triton"))(tokens, positions, *b))
+
+    def named(op: Any) -> Any:
+        return lambda table, weight, after: op(table, weight, after)
+
+    check_op(named(each), named(pack), a, FP32)

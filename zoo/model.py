@@ -103,15 +103,18 @@ class Model(nn.Module):
 
     def features(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens (B, T), positions (B, Q) -> the head's input at those positions (B, Q, D)."""
-        x, normed = self._begin(tokens)
         *others, last = self.blocks
+        # The first stream is looked up where it is added to: that takes less time than to write and read it.
+        lookup = (tokens, self.embedding.weight) if others and self.positions is None else None
+        x, normed = self._begin(tokens, lookup is not None)
         for block, after in zip(others, self.blocks[1:], strict=True):
             branch = block.mixer(normed)
             if block.mlp is not None and block.mlp_norm is not None:
-                x, normed = _join(x, branch, block.mlp_norm)
-                branch = block.mlp(normed)
+                x, normed = _join(x, branch, block.mlp_norm, lookup=lookup)
+                branch, lookup = block.mlp(normed), None
             # What follows the last mixer looks at each position alone, so only the asked ones go on.
-            x, normed = _join(x, branch, after.norm, positions if after is last else None)
+            x, normed = _join(x, branch, after.norm, positions if after is last else None, lookup)
+            lookup = None
         if not others:
             x = joined_rows(x, None, positions)
         branch = _asked(last.mixer, normed, positions)
@@ -177,13 +180,13 @@ class Model(nn.Module):
         x = token_embedding(tokens, self.embedding.weight)
         return x if self.positions is None else x + self.positions.weight[: tokens.shape[1]]
 
-    def _begin(self, tokens: Tensor) -> ResidualNorm:
-        """The residual stream, and the first layer's input."""
+    def _begin(self, tokens: Tensor, lookup: bool) -> ResidualNorm:
+        """The residual stream, or, with lookup, what stands for it, and the first layer's input."""
         norm, table = self.blocks[0].norm, self.embedding.weight
         if self.positions is not None:
             return _join(self._embed(tokens), None, norm)
         bias, kind, eps = _options(norm, table)
-        return embedding_norm(tokens, table, norm.weight, bias, kind=kind, eps=eps)
+        return embedding_norm(tokens, table, norm.weight, bias, kind=kind, eps=eps, lookup=lookup)
 
 
 def _asked(mixer: Mixer, x: Tensor, positions: Tensor) -> Tensor:
@@ -193,14 +196,18 @@ def _asked(mixer: Mixer, x: Tensor, positions: Tensor) -> Tensor:
 
 
 def _join(
-    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm | nn.RMSNorm, positions: Tensor | None = None
+    x: Tensor,
+    branch: Tensor | None,
+    norm: nn.LayerNorm | nn.RMSNorm,
+    positions: Tensor | None = None,
+    lookup: tuple[Tensor, Tensor] | None = None,
 ) -> ResidualNorm:
     """The residual stream x with a layer's output added, and `norm` of it, in one pass over memory on a GPU.
 
-    positions: (B, Q), where the stream is wanted; None: everywhere.
+    positions: (B, Q), where the stream is wanted; None: everywhere. lookup: the tokens and the table that x is of.
     """
     bias, kind, eps = _options(norm, x)
-    return residual_norm(x, branch, norm.weight, bias, kind=kind, eps=eps, positions=positions)
+    return residual_norm(x, branch, norm.weight, bias, kind=kind, eps=eps, positions=positions, lookup=lookup)
 
 
 def _options(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> tuple[Tensor | None, Kind, float]:

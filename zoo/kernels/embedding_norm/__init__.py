@@ -21,6 +21,7 @@ def embedding_norm(
     *,
     kind: Kind = "layer",
     eps: float = 1e-5,
+    lookup: bool = False,
     impl: str | None = None,
 ) -> ResidualNorm:
     """`residual_norm(token_embedding(tokens, table), None, weight, bias)`, without a pass over the stream between.
@@ -29,6 +30,8 @@ def embedding_norm(
         tokens: (B, T) int32 or int64 in [0, V).
         table: (V, D).
         weight, bias: (D,).
+        lookup: the stream is given to residual_norm alone, and with it tokens and table: on a GPU its elements are not
+            in memory.
         impl: "chunked", "triton", or None to choose by device.
 
     Returns:
@@ -44,4 +47,4 @@ def embedding_norm(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
     module = backend(__name__, IMPLS, impl, table.device)
     with full_precision(table):
-        return ResidualNorm(*module.embedding_norm(tokens, table, weight, bias, kind, eps, dtype))
+        return ResidualNorm(*module.embedding_norm(tokens, table, weight, bias, kind, eps, dtype, lookup))

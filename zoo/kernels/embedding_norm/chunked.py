@@ -10,6 +10,13 @@ from zoo.kernels.token_embedding.chunked import token_embedding
 
 
 def embedding_norm(
-    tokens: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, dtype: torch.dtype
+    tokens: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    eps: float,
+    dtype: torch.dtype,
+    lookup: bool,
 ) -> tuple[Tensor, Tensor]:
     return chunked.residual_norm(token_embedding(tokens, table), None, weight, bias, None, kind, eps, dtype)

@@ -31,6 +31,7 @@ def residual_norm(
     kind: Kind = "layer",
     eps: float = 1e-5,
     positions: Tensor | None = None,
+    lookup: tuple[Tensor, Tensor] | None = None,
     impl: str | None = None,
 ) -> ResidualNorm:
     """stream = x + branch; normed = weight * (stream - mean) / sqrt(var + eps) + bias (arXiv 1607.06450, eq. 4).
@@ -42,6 +43,7 @@ def residual_norm(
         x, branch: (..., D); without a branch, the stream is x.
         weight, bias: (D,).
         positions: (B, Q) int64 in [0, T), for x (B, T, D): the stream is wanted there alone, (B, Q, D).
+        lookup: of an x that embedding_norm made to be looked up, its tokens and table.
         impl: "reference", "chunked", "triton", or None to choose by device.
 
     Returns:
@@ -60,4 +62,4 @@ def residual_norm(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     module = backend(__name__, IMPLS, impl, x.device)
     with full_precision(x):
-        return ResidualNorm(*module.residual_norm(x, branch, weight, bias, positions, kind, eps, dtype))
+        return ResidualNorm(*module.residual_norm(x, branch, weight, bias, positions, kind, eps, dtype, lookup))

@@ -18,6 +18,7 @@ def residual_norm(
     kind: str,
     eps: float,
     dtype: torch.dtype,
+    lookup: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     stream = x if branch is None else x + branch.to(x.dtype)
     kept = stream if positions is None else joined_rows(stream, None, positions, impl="chunked")

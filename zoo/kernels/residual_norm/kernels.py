@@ -18,10 +18,21 @@ def standardised(stream, column, eps, RMS: tl.constexpr, D: tl.constexpr):
     return stream * scale[:, None], scale
 
 
+@triton.jit
+def load_rows(x, tokens, group, row, column, mask, M, V, LOOKUP: tl.constexpr, D: tl.constexpr):
+    """Rows of x (groups, M, D); with LOOKUP those of a table (groups, V, D) that tokens (groups, M) name."""
+    if LOOKUP:
+        token = tl.load(tokens + group * M + row, mask=row < M, other=0)
+        at = (group * V + token)[:, None] * D + column[None, :]
+    else:
+        at = (group * M + row)[:, None] * D + column[None, :]
+    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+
+
 @kernel
 def forward_kernel(
-    x, branch, weight, bias, stream, normed, M, steps, parts, eps,
-    BRANCH: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
+    x, tokens, branch, weight, bias, stream, normed, M, V, steps, parts, eps,
+    LOOKUP: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     wait_for_earlier()
@@ -35,7 +46,7 @@ def forward_kernel(
         row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
         at = (group.to(tl.int64) * M + row)[:, None] * D + column[None, :]
         mask = (row < M)[:, None] & (column < D)[None, :]
-        total = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        total = load_rows(x, tokens, group.to(tl.int64), row, column, mask, M, V, LOOKUP, D)
         if BRANCH:
             total += tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(stream + at, total.to(stream.dtype.element_ty), mask=mask)
@@ -58,9 +69,9 @@ def _passed(rows, positions, t, Q, column, D: tl.constexpr, ROWS: tl.constexpr, 
 
 @kernel
 def backward_kernel(
-    stream, weight, dstream, dnormed, positions, dx, dbranch, dweight, dbias, M, T, Q, steps, parts, eps,
-    STREAM: tl.constexpr, ASKED: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    stream, tokens, weight, dstream, dnormed, positions, dx, dbranch, dweight, dbias, M, V, T, Q, steps, parts, eps,
+    LOOKUP: tl.constexpr, STREAM: tl.constexpr, ASKED: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr,
+    RMS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """dstream (groups, M, D), or, if ASKED, at positions (groups, M / T, Q) of sequences of T, a multiple of ROWS.
 
@@ -75,7 +86,7 @@ def backward_kernel(
         at = (group.to(tl.int64) * M + row)[:, None] * D + column[None, :]
         mask = (row < M)[:, None] & (column < D)[None, :]
         # All loads before the first sum, which would hold them up.
-        total = tl.load(stream + at, mask=mask, other=0.0).to(tl.float32)
+        total = load_rows(stream, tokens, group.to(tl.int64), row, column, mask, M, V, LOOKUP, D)
         slope = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
         if STREAM:
             if ASKED:

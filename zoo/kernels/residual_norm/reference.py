@@ -17,6 +17,7 @@ def residual_norm(
     kind: str,
     eps: float,
     dtype: torch.dtype,
+    lookup: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     wide = state_dtype(x.dtype)
     stream = x.to(wide) if branch is None else x.to(wide) + branch.to(wide)

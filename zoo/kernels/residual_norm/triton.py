@@ -30,6 +30,7 @@ def residual_norm(
     kind: str,
     eps: float,
     dtype: torch.dtype,
+    lookup: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     check_launch("residual_norm", x, branch, weight)
     if x.numel() == 0:
@@ -39,12 +40,15 @@ def residual_norm(
     given = (x if branch is None else branch, weight, weight if bias is None else bias)
     rows, others = x.reshape(1, -1, x.shape[-1]), given[0].reshape(1, -1, x.shape[-1])
     asked = None if positions is None else positions[None]
+    tokens, table = (None, None) if lookup is None else (lookup[0].reshape(1, -1), lookup[1].detach()[None])
     stream, normed, kept = torch.ops.zoo.residual_norm(
         rows,
         others,
         given[1][None],
         given[2][None],
         asked,
+        tokens,
+        table,
         branch is not None,
         bias is not None,
         kind == "rms",
@@ -61,6 +65,8 @@ def _forward(
     weight: Tensor,
     bias: Tensor,
     positions: Tensor | None,
+    tokens: Tensor | None,
+    table: Tensor | None,
     has_branch: bool,
     has_bias: bool,
     rms: bool,
@@ -69,13 +75,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x and branch (groups, M, D), positions (groups, B, Q) with M = B T.
 
+    With tokens (groups, M), x is not read, but their rows of the table (groups, V, D) are.
     The stream (groups, M, D), normed, and the stream at the positions (groups, B, Q, D); without any, no elements.
     """
-    x, branch = x.contiguous(), branch.contiguous()
-    stream, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    stream, normed = (x.new_empty(x.shape, dtype=each) for each in (x.dtype, dtype))
+    given, looked_up = _rows(x, tokens, table)
     programs, launch = _launch(x, configured("residual_norm.forward", config_of, x), PROGRAMS)
     kernels.forward_kernel[(programs,)](
-        x, branch, weight.contiguous(), bias.contiguous(), stream, normed, eps=eps,
+        *given, branch.contiguous(), weight.contiguous(), bias.contiguous(), stream, normed, eps=eps, **looked_up,
         BRANCH=has_branch, BIAS=has_bias, RMS=rms, **launch,
     )  # fmt: skip
     if positions is None:
@@ -92,6 +99,8 @@ def _(
     weight: Tensor,
     bias: Tensor,
     positions: Tensor | None,
+    tokens: Tensor | None,
+    table: Tensor | None,
     has_branch: bool,
     has_bias: bool,
     rms: bool,
@@ -109,23 +118,26 @@ def _backward(
     dstream: Tensor | None,
     dnormed: Tensor,
     positions: Tensor | None,
+    tokens: Tensor | None,
+    table: Tensor | None,
     has_branch: bool,
     has_bias: bool,
     rms: bool,
     eps: float,
     branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dstream (groups, M, D), or at positions (groups, B, Q, D)."""
+    """dstream (groups, M, D), or at positions (groups, B, Q, D). With tokens, the stream is rows of the table."""
     groups, M, D = stream.shape
     T, Q = (0, 1) if positions is None else (M // positions.shape[1], positions.shape[2])
     config = configured("residual_norm.backward", backward_config, stream)
     programs, launch = _launch(stream, config, SUMMING_PROGRAMS, T)
-    dx, dbranch = torch.empty_like(stream), torch.empty_like(stream, dtype=branch_dtype)
+    dx, dbranch = (stream.new_empty(stream.shape, dtype=each) for each in (stream.dtype, branch_dtype))
+    given, looked_up = _rows(stream, tokens, table)
     parts = [stream.new_empty(groups, programs // groups, D, dtype=torch.float32) for _ in range(1 + has_bias)]
     kernels.backward_kernel[(programs,)](
-        stream, weight.contiguous(), stream if dstream is None else dstream.contiguous(), dnormed.contiguous(),
+        *given, weight.contiguous(), stream if dstream is None else dstream.contiguous(), dnormed.contiguous(),
         stream if positions is None else positions.contiguous(), dx, dbranch, parts[0], parts[-1], T=T, Q=Q, eps=eps,
-        STREAM=dstream is not None, ASKED=positions is not None, BRANCH=has_branch, BIAS=has_bias, RMS=rms,
+        **looked_up, STREAM=dstream is not None, ASKED=positions is not None, BRANCH=has_branch, BIAS=has_bias, RMS=rms,
         BLOCK_Q=min(64, triton.next_power_of_2(Q)), **launch,
     )  # fmt: skip
     dweight, *dbias = sum_all(parts, weight.dtype)
@@ -139,6 +151,8 @@ def _(
     dstream: Tensor | None,
     dnormed: Tensor,
     positions: Tensor | None,
+    tokens: Tensor | None,
+    table: Tensor | None,
     has_branch: bool,
     has_bias: bool,
     rms: bool,
@@ -173,8 +187,16 @@ def _launch(x: Tensor, config: Config, most: int, T: int = 0) -> tuple[int, dict
     return groups * parts, {**sizes, "num_warps": config.num_warps}
 
 
+def _rows(x: Tensor, tokens: Tensor | None, table: Tensor | None) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+    """What a kernel reads rows of, and the tokens, for which any tensor stands in; what it is told of both."""
+    if tokens is None or table is None:
+        x = x.contiguous()
+        return (x, x), {"V": 0, "LOOKUP": False}
+    return (table.contiguous(), tokens.contiguous()), {"V": table.shape[1], "LOOKUP": True}
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, branch, weight, _, positions, *ctx.options, _ = inputs
+    _, branch, weight, _, positions, _, _, *ctx.options, _ = inputs
     ctx.branch_dtype, ctx.dtype = branch.dtype, output[1].dtype
     ctx.save_for_backward(output[0], weight, positions)
     ctx.set_materialize_grads(False)
@@ -187,10 +209,18 @@ def _gradients(
     if dnormed is None:
         dnormed = torch.zeros_like(stream, dtype=ctx.dtype)
     dx, dbranch, dweight, dbias = torch.ops.zoo.residual_norm_backward(
-        stream, weight, dstream if positions is None else dkept, dnormed, positions, *ctx.options, ctx.branch_dtype
+        stream,
+        weight,
+        dstream if positions is None else dkept,
+        dnormed,
+        positions,
+        None,
+        None,
+        *ctx.options,
+        ctx.branch_dtype,
     )
     has_branch, has_bias, *_ = ctx.options
-    return dx, dbranch if has_branch else None, dweight, dbias if has_bias else None, *[None] * 6
+    return dx, dbranch if has_branch else None, dweight, dbias if has_bias else None, *[None] * 8
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
