@@ -44,3 +44,15 @@ def test_what_does_not_fit() -> None:
         selective_inputs(torch.rand(2, 3, 4), torch.rand(6, 4), torch.rand(5, 2))
     with pytest.raises(UnsupportedError, match="weight has 5 rows"):
         selective_inputs(torch.rand(2, 3, 4), torch.rand(5, 4), torch.rand(4, 2))
+
+
+@pytest.mark.parametrize("used", range(4))
+def test_what_is_not_used_has_no_gradient(used: int) -> None:
+    a = inputs(5, {"x": "BTD", "weight": "MD", "dt_weight": "DR"}, B=2, D=6, R=2, M=8)
+    a["dt_weight"].requires_grad_(used == 1)
+    a["weight"].requires_grad_(used > 0)
+
+    def one(impl: str, **b: Tensor) -> Tensor:
+        return selective_inputs(**b, impl=impl)[used]
+
+    check_op(partial(one, "reference"), partial(one, "triton"), a, FP32)

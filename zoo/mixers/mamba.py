@@ -15,6 +15,7 @@ from zoo.kernels.projections import projections
 from zoo.kernels.selective_inputs import selective_inputs
 from zoo.kernels.selective_scan import selective_scan
 from zoo.kernels.short_conv import MAX_WIDTH, short_conv
+from zoo.kernels.streams import join, lane
 from zoo.mixers.base import LayerInfo
 from zoo.mixers.recurrent import Pick, ReadoutMixer, beside, everywhere
 
@@ -82,6 +83,8 @@ class Mamba(ReadoutMixer):
         self, x: Tensor, state: MambaState | None, return_state: bool, pick: Pick = everywhere
     ) -> tuple[Tensor, MambaState | None]:
         cache, ssm = (None, None) if state is None else state
+        with lane(x, "decay"):
+            A = -torch.exp(self.A_log)
         W_x, W_z = self.in_proj.weight.chunk(2)
         if pick is everywhere:
             x, z = projections(x, W_x, W_z)
@@ -93,11 +96,11 @@ class Mamba(ReadoutMixer):
         )
         # As in the official kernel, the step is rounded to half precision, if at all, before its bias and softplus.
         x, dt, B, C = selective_inputs(x, self.x_proj.weight, self.dt_proj.weight)
-        A, bias = -torch.exp(self.A_log), self.dt_proj.bias
+        join(x, "decay")
         # The scan gates its output, unless few positions of it are asked for.
         gate = z if pick is everywhere else None
         y, ssm = selective_scan(
-            x, dt, A, B, C, self.D, gate, dt_bias=bias, initial_state=ssm, return_state=return_state
+            x, dt, A, B, C, self.D, gate, dt_bias=self.dt_proj.bias, initial_state=ssm, return_state=return_state
         )
         if gate is None:
             y = pick(y) * F.silu(z)

@@ -42,11 +42,17 @@ class _SelectiveInputs(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[4:])
+        # Of zeros for what has no gradient.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *output[4:])
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, ...]:
-        return torch.ops.zoo.selective_inputs_backward(*ctx.saved_tensors, *slopes[:4])
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor, ...]:
+        x, weight, dt_weight, *_ = ctx.saved_tensors
+        D, (_, N) = x.shape[-1], _sizes(weight, dt_weight)
+        pairs = zip(slopes, (D, D, N, N), strict=False)
+        given = [x.new_zeros(*x.shape[:-1], size) if slope is None else slope for slope, size in pairs]
+        return torch.ops.zoo.selective_inputs_backward(*ctx.saved_tensors, *given)
 
 
 @torch.library.custom_op("zoo::selective_inputs", mutates_args=())
