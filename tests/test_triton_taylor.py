@@ -81,7 +81,30 @@ def test_chunks(state, dtype, monkeypatch):
         check_op(partial(reference, **options), partial(fused, **options), a, tolerance)
 
 
+@pytest.mark.parametrize(("width", "unit"), [(24, 4), (22, 2), (19, 1)])
+def test_rows_next_to_each_other(width, unit):
+    """As a projection leaves them: of what divides their strides, no more than that is taken for granted."""
+    x = torch.randn(2, 20, width, generator=torch.Generator().manual_seed(0)).half()
+    a = {
+        n: y.unflatten(-1, (1, -1)).requires_grad_()
+        for n, y in zip("qkv", x[..., :16].split([4, 4, 8], -1), strict=True)
+    }
+    assert fused_module.unit(*a.values()) == unit
+    check_op(
+        partial(reference, **stateless), partial(fused, **stateless), a, TOLERANCES["taylor_attention"][torch.float16]
+    )
+
+
+def test_what_strides_have_in_common():
+    x = torch.zeros(2, 16, 3, 16, dtype=torch.half)
+    assert fused_module.unit(x) == 1, "Triton sees multiples of 16 by itself"
+    assert fused_module.unit(x, x[..., :8].contiguous()) == 8
+    assert fused_module.unit(x.float()[..., :8].contiguous()) == 4
+    assert fused_module.unit(x[..., :6].contiguous()) == 2
+
+
 def test_long_sequences_are_cut_into_chunks_and_short_ones_are_not():
     for K in (8, 16, 24, 32):
-        assert fused_module.chunk_length(2048, K) == 2048
+        assert fused_module.chunk_length(1024, K) == 1024
         assert fused_module.chunk_length(65536, K) <= 512
+    assert fused_module.chunk_length(2000, 24) == 2048

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.early import kernel, wait_for_earlier
+from zoo.kernels.taylor_attention.state_kernels import at_chunk, multiples
 from zoo.kernels.tiles import load_rows, product_in_two, store_rows
 
 
@@ -65,7 +66,7 @@ def through_state(
         if GRADIENT:
             dphi = tl.reshape(tl.dot(b_y, tl.trans(b_S), input_precision=PRECISION), (C, ROWS, BLOCK_K))
             dx += tl.sum(left[:, :, None] * dphi, 1)
-    S += (K + ROWS - 1) // ROWS * ROWS * BLOCK_K * V
+    S += BLOCK_K * BLOCK_K * V
     b_S = tl.load(S + tl.arange(0, BLOCK_K)[:, None] * V + j[None, :], mask=(j < V)[None, :], other=0.0)
     if VALUES:
         total = tl.dot((wide * (2.0 * scale)).to(b_x.dtype), b_S, total, input_precision=PRECISION)
@@ -87,32 +88,39 @@ def through_norm(b_x, z, K: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.conste
     return product, tl.load(z + K * WIDE + i), tl.load(z + K * WIDE + K)
 
 
+@triton.jit
+def queries(q, k, v, T, H, q_b, q_t, q_h, k_b, k_h, v_b, v_h, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr):
+    """A program's C queries, the last ones first, as they have the most keys: the first of them, its sequence's and
+    head's number, these two, which queries there are, q at the first, k and v at the head, and the queries' rows."""
+    blocks = tl.cdiv(T, C)
+    mine = (blocks - 1 - tl.program_id(0) % blocks) * C
+    head = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    b, h = head // H, head % H
+    q += b * q_b + h * q_h + tl.cast(mine, tl.int64) * q_t
+    row = tl.arange(0, C)
+    live = mine + row < T
+    b_q = load_rows(q, row, q_t, live, tl.arange(0, BLOCK_K), K, BLOCK_K)
+    return mine, head, b, h, live, q, k + b * k_b + h * k_h, v + b * v_b + h * v_h, b_q
+
+
 @kernel
 def forward_kernel(
     q, k, v, o, n, S, z, T, H, L, scale, eps, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
     WIDE: tl.constexpr, C: tl.constexpr, N: tl.constexpr, HAS_STATE: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence, head and C queries, the last ones first: they have the most keys."""
+    """One program per sequence, head and C queries."""
     wait_for_earlier()
-    blocks = tl.cdiv(T, C)
-    mine = (blocks - 1 - tl.program_id(0) % blocks) * C
-    head = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    b, h = head // H, head % H
-    k += b * k_b + h * k_h
-    v += b * v_b + h * v_h
-    row = tl.arange(0, C)
-    at = tl.cast(mine, tl.int64)
-    live = mine + row < T
-    j = tl.arange(0, BLOCK_V)
-    q += b * q_b + h * q_h + at * q_t
-    b_q = load_rows(q, row, q_t, live, tl.arange(0, BLOCK_K), K, BLOCK_K)
+    q_b, q_t, q_h = multiples(q_b, q_t, q_h, UNIT)
+    k_b, k_t, k_h = multiples(k_b, k_t, k_h, UNIT)
+    v_b, v_t, v_h = multiples(v_b, v_t, v_h, UNIT)
+    mine, head, b, h, live, q, k, v, b_q = queries(q, k, v, T, H, q_b, q_t, q_h, k_b, k_h, v_b, v_h, K, BLOCK_K, C)
+    at, row, j = tl.cast(mine, tl.int64), tl.arange(0, C), tl.arange(0, BLOCK_V)
     total = tl.zeros((C, BLOCK_V), tl.float32)
     norm = tl.zeros((C,), tl.float32)
     if HAS_STATE:
-        chunk = head * tl.cdiv(T, L) + mine // L
-        S += chunk * ((K + ROWS - 1) // ROWS * ROWS * BLOCK_K + WIDE) * V
-        z += chunk * WIDE * WIDE
+        S, z = at_chunk(S, z, head * tl.cdiv(T, L) + mine // L, V, BLOCK_K, WIDE)
         total, _ = through_state(
             q, q_t, live, b_q, total, S, total, b_q, scale, K, V, BLOCK_K, BLOCK_V, ROWS, True, False, PRECISION
         )
@@ -152,24 +160,17 @@ def query_kernel(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
     WIDE: tl.constexpr, C: tl.constexpr, N: tl.constexpr, HAS_STATE: tl.constexpr, HAS_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dq, and m for `key_kernel`: one program per sequence, head and C queries."""
     wait_for_earlier()
-    blocks = tl.cdiv(T, C)
-    mine = (blocks - 1 - tl.program_id(0) % blocks) * C
-    head = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    b, h = head // H, head % H
-    k += b * k_b + h * k_h
-    v += b * v_b + h * v_h
-    row = tl.arange(0, C)
-    i = tl.arange(0, BLOCK_K)
-    j = tl.arange(0, BLOCK_V)
-    at = tl.cast(mine, tl.int64)
-    live = mine + row < T
+    q_b, q_t, q_h = multiples(q_b, q_t, q_h, UNIT)
+    k_b, k_t, k_h = multiples(k_b, k_t, k_h, UNIT)
+    v_b, v_t, v_h = multiples(v_b, v_t, v_h, UNIT)
+    do_b, do_t, do_h = multiples(do_b, do_t, do_h, UNIT)
+    mine, head, b, h, live, q, k, v, b_q = queries(q, k, v, T, H, q_b, q_t, q_h, k_b, k_h, v_b, v_h, K, BLOCK_K, C)
+    at, row, j = tl.cast(mine, tl.int64), tl.arange(0, C), tl.arange(0, BLOCK_V)
     tokens = (b * T + at) * H + h
-    q += b * q_b + h * q_h + at * q_t
-    b_q = load_rows(q, row, q_t, live, i, K, BLOCK_K)
     b_do = load_rows(do + b * do_b + h * do_h + at * do_t, row, do_t, live, j, V, BLOCK_V)
     b_o = load_rows(o + tokens * V, row, H * V, live, j, V, BLOCK_V)
     over_norm = tl.load(n + head * T + at + row, mask=live, other=0.0)
@@ -184,12 +185,11 @@ def query_kernel(
     tl.store(m + head * T + at + row, mean, mask=live)
     b_dq = tl.zeros((C, BLOCK_K), tl.float32)
     if HAS_STATE:
-        chunk = head * tl.cdiv(T, L) + mine // L
-        S += chunk * ((K + ROWS - 1) // ROWS * ROWS * BLOCK_K + WIDE) * V
+        S, z = at_chunk(S, z, head * tl.cdiv(T, L) + mine // L, V, BLOCK_K, WIDE)
         _, b_dq = through_state(
             q, q_t, live, b_q, b_do, S, b_do, b_dq, scale, K, V, BLOCK_K, BLOCK_V, ROWS, False, True, PRECISION
         )
-        second, linear, _ = through_norm(b_q, z + chunk * WIDE * WIDE, K, BLOCK_K, WIDE, PRECISION)
+        second, linear, _ = through_norm(b_q, z, K, BLOCK_K, WIDE, PRECISION)
         b_dq -= mean[:, None] * (second + linear[None, :])
     for first in range(mine // L * L, mine, N):
         u, dp, b_k = pairs(b_q, b_do, k, k_t, v, v_t, first, T, scale, K, V, BLOCK_K, BLOCK_V, N, PRECISION)
@@ -198,7 +198,9 @@ def query_kernel(
         u, dp, b_k = pairs(b_q, b_do, k, k_t, v, v_t, mine + offset, T, scale, K, V, BLOCK_K, BLOCK_V, N, PRECISION)
         seen = (mine + row)[:, None] >= (mine + offset + tl.arange(0, N))[None, :]
         b_dq = product_in_two(tl.where(seen, u * (dp - mean[:, None]), 0.0), b_k, b_dq, PRECISION)
-    store_rows(dq + tokens * K, b_dq * (2.0 * scale * over_norm)[:, None], row, H * K, live, i, K, BLOCK_K)
+    store_rows(
+        dq + tokens * K, b_dq * (2.0 * scale * over_norm)[:, None], row, H * K, live, tl.arange(0, BLOCK_K), K, BLOCK_K
+    )
 
 
 @triton.jit
@@ -235,9 +237,14 @@ def key_kernel(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
     WIDE: tl.constexpr, C: tl.constexpr, N: tl.constexpr, HAS_STATE: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv: one program per sequence, head and C keys, the first ones first: they have the most queries."""
     wait_for_earlier()
+    q_b, q_t, q_h = multiples(q_b, q_t, q_h, UNIT)
+    k_b, k_t, k_h = multiples(k_b, k_t, k_h, UNIT)
+    v_b, v_t, v_h = multiples(v_b, v_t, v_h, UNIT)
+    do_b, do_t, do_h = multiples(do_b, do_t, do_h, UNIT)
     blocks = tl.cdiv(T, C)
     mine = tl.program_id(0) % blocks * C
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -257,12 +264,11 @@ def key_kernel(
     b_dk = tl.zeros((C, BLOCK_K), tl.float32)
     b_dv = tl.zeros((C, BLOCK_V), tl.float32)
     if HAS_STATE:
-        chunk = head * tl.cdiv(T, L) + mine // L
-        S += chunk * ((K + ROWS - 1) // ROWS * ROWS * BLOCK_K + WIDE) * V
+        S, z = at_chunk(S, z, head * tl.cdiv(T, L) + mine // L, V, BLOCK_K, WIDE)
         b_dv, b_dk = through_state(
             k, k_t, live, b_k, b_v, S, b_dv, b_dk, scale, K, V, BLOCK_K, BLOCK_V, ROWS, True, True, PRECISION
         )
-        second, linear, _ = through_norm(b_k, z + chunk * WIDE * WIDE, K, BLOCK_K, WIDE, PRECISION)
+        second, linear, _ = through_norm(b_k, z, K, BLOCK_K, WIDE, PRECISION)
         b_dk += second + linear[None, :]
     for offset in tl.static_range(0, C, N):
         b_dk, b_dv = differentiate_key(

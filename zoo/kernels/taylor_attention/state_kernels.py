@@ -1,8 +1,8 @@
 """Sums over the features of tokens: the states between chunks, and the state that a caller gives or gets.
 
-Inside, S has the rows (i, j) = scale x_i x_j, for all i in groups of ROWS and all j < BLOCK_K: each pair of channels
-twice, so that the rows of an i are x times one number of each token. Then come the WIDE rows of (x, 1). z has WIDE x
-WIDE sums of products of (x, 1) with itself. A caller's state has each pair once (`features.py`).
+Inside, S has the rows (i, j) = scale x_i x_j for i and j < BLOCK_K, of which those with i < K are written: each pair of
+channels twice, so that the rows of an i are x times one number of each token. Then come the WIDE rows of (x, 1). z has
+WIDE x WIDE sums of products of (x, 1) with itself. A caller's state has each pair once (`features.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,19 @@ import triton.language as tl
 
 from zoo.kernels.early import kernel, wait_for_earlier
 from zoo.kernels.tiles import load_rows, product_in_two
+
+
+@triton.jit
+def multiples(b, t, h, UNIT: tl.constexpr):
+    """The strides of a tensor, which UNIT divides: so Triton sees that rows of 24 channels can be loaded whole."""
+    return b // UNIT * UNIT, t // UNIT * UNIT, h // UNIT * UNIT
+
+
+@triton.jit
+def at_chunk(S, z, chunk, V: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
+    """S and z of a chunk, counted from where they point to."""
+    chunk = tl.cast(chunk, tl.int64)
+    return S + chunk * (BLOCK_K * BLOCK_K + WIDE) * V, z + chunk * WIDE * WIDE
 
 
 @triton.jit
@@ -25,17 +38,15 @@ def callers_row(i, j, K: tl.constexpr):
 
 @triton.jit
 def sum_second_order(
-    x, x_t, y, y_t, over_norm, S, S_first, S_last, chunks, part, column, T, L, scale,
+    x, x_t, y, y_t, over_norm, S, z, S_first, S_last, part, column, T, L, scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     WIDE: tl.constexpr, C: tl.constexpr, FACTOR: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    size: tl.constexpr = ((K + ROWS - 1) // ROWS * ROWS * BLOCK_K + WIDE) * V
     token = tl.arange(0, C)
     v = column + tl.arange(0, BLOCK)
     channel = part * ROWS + tl.arange(0, ROWS)
-    # Of the shape (1, ROWS, BLOCK_K): loaded so, several of them are next to each other in a thread.
-    others = tl.arange(0, BLOCK_K)[None, None, :] + 0 * channel[None, :, None]
+    others = tl.arange(0, BLOCK_K)[None, None, :]
     row = tl.arange(0, ROWS * BLOCK_K)
     i, j = part * ROWS + row // BLOCK_K, row % BLOCK_K
     feature, weight = callers_row(i, j, K)
@@ -45,25 +56,24 @@ def sum_second_order(
     total = tl.zeros((BLOCK, ROWS * BLOCK_K), tl.float32)
     if HAS_FIRST:
         total += tl.load(S_first + pointers, mask=known[None, :] & (v < V)[:, None], other=0.0) / weight[None, :]
-    for step in range(chunks):
-        chunk = chunks - 1 - step if BACKWARD else step
-        if KEEP:
-            at = tl.cast(chunk, tl.int64) * size + part * ROWS * BLOCK_K * V
-            tl.store(S + at + row[None, :] * V + v[:, None], total.to(x.dtype.element_ty), mask=(v < V)[:, None])
-        for first in range(chunk * L, tl.minimum(chunk * L + L, T), C):
-            at = tl.cast(first, tl.int64)
-            live = first + token < T
-            b_y = load_rows(y + at * y_t, token, y_t, live, v, V, BLOCK)
-            b_x = x + (at + token[:, None, None]) * x_t
-            left = tl.load(
-                b_x + channel[None, :, None], mask=live[:, None, None] & (channel < K)[None, :, None], other=0.0
-            )
-            right = tl.load(b_x + others, mask=live[:, None, None] & (others < K), other=0.0)
-            left = left.to(tl.float32) * scale
-            if BACKWARD:
-                left *= tl.load(over_norm + at + token[:, None, None], mask=live[:, None, None], other=0.0)
-            phi = tl.reshape(left * right.to(tl.float32), (C, ROWS * BLOCK_K)).to(b_y.dtype)
-            total = tl.dot(tl.trans(b_y), phi, total, input_precision=PRECISION)
+    steps = tl.cdiv(T, C)
+    for step in range(steps):
+        first = (steps - 1 - step if BACKWARD else step) * C
+        if KEEP and (step == 0 or (first + C if BACKWARD else first) % L == 0):
+            S_before, _ = at_chunk(S, z, first // L, V, BLOCK_K, WIDE)
+            S_before += part * ROWS * BLOCK_K * V
+            tl.store(S_before + row[None, :] * V + v[:, None], total.to(x.dtype.element_ty), mask=(v < V)[:, None])
+        at = tl.cast(first, tl.int64)
+        live = first + token < T
+        b_y = load_rows(y + at * y_t, token, y_t, live, v, V, BLOCK)
+        b_x = x + (at + token[:, None, None]) * x_t
+        left = tl.load(b_x + channel[None, :, None], mask=live[:, None, None] & (channel < K)[None, :, None], other=0.0)
+        right = tl.load(b_x + others, mask=live[:, None, None] & (others < K), other=0.0)
+        left = left.to(tl.float32) * scale
+        if BACKWARD:
+            left *= tl.load(over_norm + at + token[:, None, None], mask=live[:, None, None], other=0.0)
+        phi = tl.reshape(left * right.to(tl.float32), (C, ROWS * BLOCK_K)).to(b_y.dtype)
+        total = tl.dot(tl.trans(b_y), phi, total, input_precision=PRECISION)
     if HAS_LAST:
         once = (known & (i <= j))[None, :] & (v < V)[:, None]
         tl.store(S_last + pointers, total * weight[None, :], mask=once)
@@ -71,13 +81,12 @@ def sum_second_order(
 
 @triton.jit
 def sum_lower_orders(
-    x, x_t, y, y_t, over_norm, mean, S, z, S_first, z_first, S_last, z_last, chunks, column, T, L, scale,
+    x, x_t, y, y_t, over_norm, mean, S, z, S_first, z_first, S_last, z_last, column, T, L, scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     WIDE: tl.constexpr, C: tl.constexpr, FACTOR: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The first order and the constant of S, and all of z."""
-    second: tl.constexpr = (K + ROWS - 1) // ROWS * ROWS * BLOCK_K * V
     dtype = x.dtype.element_ty
     token, i, v = tl.arange(0, C), tl.arange(0, WIDE), column + tl.arange(0, BLOCK)
     feature, weight = callers_row(i, tl.full((WIDE,), K, tl.int32), K)
@@ -93,29 +102,29 @@ def sum_lower_orders(
     if HAS_FIRST:
         total += tl.load(S_first + pointers, mask=inside, other=0.0) / weight[:, None]
         norm += tl.load(z_first + z_feature, mask=known, other=0.0) / z_weight
-    for step in range(chunks):
-        chunk = chunks - 1 - step if BACKWARD else step
-        if KEEP:
-            at = tl.cast(chunk, tl.int64) * (second + WIDE * V) + second
-            tl.store(S + at + i[:, None] * V + v[None, :], total.to(dtype), mask=(v < V)[None, :])
-            at = tl.cast(chunk, tl.int64) * WIDE * WIDE
+    steps = tl.cdiv(T, C)
+    for step in range(steps):
+        first = (steps - 1 - step if BACKWARD else step) * C
+        if KEEP and (step == 0 or (first + C if BACKWARD else first) % L == 0):
+            S_before, z_before = at_chunk(S, z, first // L, V, BLOCK_K, WIDE)
+            S_before += BLOCK_K * BLOCK_K * V
+            tl.store(S_before + i[:, None] * V + v[None, :], total.to(dtype), mask=(v < V)[None, :])
             if column == 0:
-                tl.store(z + at + i[:, None] * WIDE + i[None, :], norm * unit)
-        for first in range(chunk * L, tl.minimum(chunk * L + L, T), C):
-            at = tl.cast(first, tl.int64)
-            live = first + token < T
-            b_x = load_rows(x + at * x_t, token, x_t, live, i, K, 2 * K)
-            b_x = tl.where((i == K)[None, :] & live[:, None], 1.0, b_x.to(tl.float32))
-            b_y = load_rows(y + at * y_t, token, y_t, live, v, V, BLOCK)
-            if BACKWARD:
-                n = tl.load(over_norm + at + token, mask=live, other=0.0)
-                m = -n * tl.load(mean + at + token, mask=live, other=0.0)
-                total = tl.dot(tl.trans((b_x * n[:, None]).to(dtype)), b_y, total, input_precision=PRECISION)
-                norm = product_in_two(tl.trans(b_x * m[:, None]), b_x.to(dtype), norm, PRECISION)
-            else:
-                b_x = b_x.to(dtype)
-                total = tl.dot(tl.trans(b_x), b_y, total, input_precision=PRECISION)
-                norm = tl.dot(tl.trans(b_x), b_x, norm, input_precision=PRECISION)
+                tl.store(z_before + i[:, None] * WIDE + i[None, :], norm * unit)
+        at = tl.cast(first, tl.int64)
+        live = first + token < T
+        b_x = load_rows(x + at * x_t, token, x_t, live, i, K, 2 * K)
+        b_x = tl.where((i == K)[None, :] & live[:, None], 1.0, b_x.to(tl.float32))
+        b_y = load_rows(y + at * y_t, token, y_t, live, v, V, BLOCK)
+        if BACKWARD:
+            n = tl.load(over_norm + at + token, mask=live, other=0.0)
+            m = -n * tl.load(mean + at + token, mask=live, other=0.0)
+            total = tl.dot(tl.trans((b_x * n[:, None]).to(dtype)), b_y, total, input_precision=PRECISION)
+            norm = product_in_two(tl.trans(b_x * m[:, None]), b_x.to(dtype), norm, PRECISION)
+        else:
+            b_x = b_x.to(dtype)
+            total = tl.dot(tl.trans(b_x), b_y, total, input_precision=PRECISION)
+            norm = tl.dot(tl.trans(b_x), b_x, norm, input_precision=PRECISION)
     if HAS_LAST:
         tl.store(S_last + pointers, total * weight[:, None], mask=inside)
         if column == 0:
@@ -128,7 +137,7 @@ def sum_kernel(
     x_b, x_t, x_h, y_b, y_t, y_h,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """S and z before each chunk of L tokens and after the last one: a program for BLOCK columns and ROWS of the i,
     or all rows of lower order.
@@ -137,6 +146,8 @@ def sum_kernel(
     sequence to its start: S = sum n_t phi(q_t) do_t^T, z = -sum n_t mean_t phi(q_t), n = over_norm.
     """
     wait_for_earlier()
+    x_b, x_t, x_h = multiples(x_b, x_t, x_h, UNIT)
+    y_b, y_t, y_h = multiples(y_b, y_t, y_h, UNIT)
     groups: tl.constexpr = (K + ROWS - 1) // ROWS
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     # With n = 1 / 2(phi(q).z + eps), half of what a caller's has.
@@ -145,21 +156,20 @@ def sum_kernel(
     part = tl.program_id(0) // blocks % (groups + 1)
     head = tl.cast(tl.program_id(0) // (blocks * (groups + 1)), tl.int64)
     b, h = head // H, head % H
-    chunks = tl.cdiv(T, L)
     x += b * x_b + h * x_h
     y += b * y_b + h * y_h
     over_norm += head * T
-    S += head * chunks * (groups * ROWS * BLOCK_K + WIDE) * V
+    S, z = at_chunk(S, z, head * tl.cdiv(T, L), V, BLOCK_K, WIDE)
     S_first += head * F * V
     S_last += head * F * V
     if part > 0:
         sum_second_order(
-            x, x_t, y, y_t, over_norm, S, S_first, S_last, chunks, part - 1, column, T, L, scale,
+            x, x_t, y, y_t, over_norm, S, z, S_first, S_last, part - 1, column, T, L, scale,
             K, V, BLOCK_K, BLOCK, ROWS, WIDE, C, FACTOR, BACKWARD, KEEP, HAS_FIRST, HAS_LAST, PRECISION,
         )  # fmt: skip
     else:
         sum_lower_orders(
-            x, x_t, y, y_t, over_norm, mean + head * T, S, z + head * chunks * WIDE * WIDE,
-            S_first, z_first + head * F, S_last, z_last + head * F, chunks, column, T, L, scale,
+            x, x_t, y, y_t, over_norm, mean + head * T, S, z, S_first, z_first + head * F, S_last, z_last + head * F,
+            column, T, L, scale,
             K, V, BLOCK_K, BLOCK, ROWS, WIDE, C, FACTOR, BACKWARD, KEEP, HAS_FIRST, HAS_LAST, PRECISION,
         )  # fmt: skip

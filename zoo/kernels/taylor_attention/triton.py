@@ -5,6 +5,7 @@ Every tensor of the custom ops has the batch as its first axis.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ from zoo.kernels.taylor_attention.features import num_features
 LARGEST_HEAD = 256
 # With a state, whose second order has as many rows as pairs of channels.
 LARGEST_STATE = 32
-# Tokens of a chunk are a multiple of it: every kernel's block of them divides it.
-LARGEST_BLOCK = 128
+# Tokens of a chunk are a multiple of it: every kernel's block of them divides it. With 128 keys a program and states
+# ptxas makes a `key_kernel` of illegal accesses, unless it is told not to optimise.
+LARGEST_BLOCK = 64
+# For a thread, by kernel and channels of a value: one more program has room on a multiprocessor then.
+REGISTERS = {("forward", 128): 128, ("query_backward", 128): 168, ("key_backward", 64): 168}
 
 
 def taylor_attention(
@@ -57,10 +61,11 @@ def _forward(
     last = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in _state_shapes(q, v, return_state)]
     L = chunk_length(T, K)
     sums = _sums(k, v, None, None, S, z, last[0], last[1], L)
-    config = configured("taylor_attention.forward", pair_config, q, v, 3)
+    state = S is not None or T > L
+    config = configured("taylor_attention.forward", forward_config, q, v, state)
     quadratic_kernels.forward_kernel[(B * H * triton.cdiv(T, config.chunk),)](
         q, k, v, o, n, *sums, T, H, L, K**-0.5, eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        HAS_STATE=S is not None or T > L, **_pair_options(q, v, config),
+        **_pair_options("forward", config, state, q, k, v),
     )  # fmt: skip
     return o, n, last[0], last[1]
 
@@ -96,16 +101,16 @@ def _backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     L = chunk_length(T, K)
     sums = _sums(k, v, None, None, S, z, nothing, nothing, L)
-    config = configured("taylor_attention.query_backward", pair_config, q, v, 1)
+    config = configured("taylor_attention.query_backward", backward_config, q, v)
     quadratic_kernels.query_kernel[(B * H * triton.cdiv(T, config.chunk),)](
         q, k, v, o, n, do, m, dq, *sums, T, H, L, K**-0.5, *strides,
-        HAS_STATE=S is not None or T > L, HAS_FIRST=S is not None, **_pair_options(q, v, config),
+        HAS_FIRST=S is not None, **_pair_options("query_backward", config, S is not None or T > L, q, k, v, do),
     )  # fmt: skip
     sums = _sums(q, do, n, m, dS, dz, dS_first, dz_first, L)
-    config = configured("taylor_attention.key_backward", pair_config, q, v, 1)
+    config = configured("taylor_attention.key_backward", backward_config, q, v)
     quadratic_kernels.key_kernel[(B * H * triton.cdiv(T, config.chunk),)](
         q, k, v, n, do, m, dk, dv, *sums, T, H, L, K**-0.5, *strides,
-        HAS_STATE=dS is not None or T > L, **_pair_options(q, v, config),
+        **_pair_options("key_backward", config, dS is not None or T > L, q, k, v, do),
     )  # fmt: skip
     return dq, dk, dv, dS_first, dz_first
 
@@ -132,10 +137,10 @@ def _sums(
         return x, x
     config = configured("taylor_attention.sums", sum_config, x, y)
     chunks, channels, block = triton.cdiv(T, L), padded(K), min(config.block, padded(V))
-    rows_of, wide = state_rows(K), padded(K + 1)
+    rows_of, wide = sum_rows(x), padded(K + 1)
     groups = triton.cdiv(K, rows_of)
     sums = (
-        x.new_empty((B, H, chunks, groups * rows_of * channels + wide, V) if keep else (0,)),
+        x.new_empty((B, H, chunks, channels * channels + wide, V) if keep else (0,)),
         x.new_empty((B, H, chunks, wide, wide) if keep else (0,), dtype=torch.float32),
     )
     back = (x, x) if n is None or m is None else (n, m)
@@ -144,7 +149,7 @@ def _sums(
         x, y, *back, *sums, *first, S_last, z_last, T, H, L, K**-0.5, *x.stride()[:3], *y.stride()[:3],
         K=K, V=V, F=num_features(K), BLOCK_K=channels, BLOCK=block, ROWS=rows_of, WIDE=wide, C=config.chunk,
         BACKWARD=n is not None, KEEP=keep, HAS_FIRST=S is not None, HAS_LAST=has_last, PRECISION=precision(x),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        UNIT=unit(x, y), num_warps=config.num_warps, num_stages=config.num_stages,
         # Three programs a multiprocessor; what is spilt for it is of the lower orders alone.
         maxnreg=168 if x.element_size() == 2 else None,
     )  # fmt: skip
@@ -197,39 +202,58 @@ fold_batch(_backward)
 
 def chunk_length(T: int, K: int) -> int:
     """Tokens of a chunk. All pairs cost a token T / 2 pairs, a state its features; where they meet is as measured."""
-    if K > LARGEST_STATE or 128 * padded(K) >= T:
+    if K > LARGEST_STATE or 128 * max(K, 16) > T:
         return triton.cdiv(T, LARGEST_BLOCK) * LARGEST_BLOCK
     return 16 * padded(K)
 
 
-def state_rows(K: int) -> int:
+def sum_rows(x: Tensor) -> int:
     """Channels i of the pairs of channels (i, j) that a program sums up."""
+    return max(1, (128 if x.element_size() == 2 else 64) // padded(x.shape[-1]))
+
+
+def state_rows(K: int) -> int:
+    """Those that are read at a time."""
     return max(1, 64 // padded(K))
 
 
 def sum_config(x: Tensor, y: Tensor) -> Config:
     if x.dtype == torch.float32:
         return Config(chunk=32, block=32, num_warps=4, num_stages=1)
-    return Config(chunk=64, block=64, num_warps=4, num_stages=2)
+    return Config(chunk=64, block=64, num_warps=4, num_stages=3)
 
 
-def pair_config(q: Tensor, v: Tensor, num_stages: int) -> Config:
-    widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
+def forward_config(q: Tensor, v: Tensor, state: bool) -> Config:
+    config = backward_config(q, v)
     if q.dtype == torch.float32:
-        C = 32 if widest <= 128 else 16
-        return Config(C, C, num_warps=4, num_stages=1)
-    C = 64 if widest <= 128 else 32
-    return Config(C, C, num_warps=4, num_stages=num_stages)
+        return config
+    return config._replace(block=32 if padded(v.shape[-1]) == 128 and not state else config.block, num_stages=3)
 
 
-def _pair_options(q: Tensor, v: Tensor, config: Config) -> dict[str, Any]:
+def backward_config(q: Tensor, v: Tensor) -> Config:
+    narrow, wide = (32, 16) if q.dtype == torch.float32 else (64, 32)
+    C = narrow if max(q.shape[-1], v.shape[-1]) <= 128 else wide
+    return Config(C, C, num_warps=4, num_stages=1)
+
+
+def _pair_options(kernel: str, config: Config, state: bool, *tensors: Tensor) -> dict[str, Any]:
+    """tensors: q, k, v and, backward, do."""
+    q, v = tensors[0], tensors[2]
     K, V = q.shape[-1], v.shape[-1]
     assert LARGEST_BLOCK % config.chunk == config.chunk % config.block == 0, config
+    few = not state and K <= LARGEST_STATE and q.element_size() == 2
     return {
         "K": K, "V": V, "BLOCK_K": padded(K), "BLOCK_V": padded(V), "C": config.chunk, "N": config.block,
-        "ROWS": state_rows(K), "WIDE": padded(K + 1),
+        "ROWS": state_rows(K), "WIDE": padded(K + 1), "HAS_STATE": state, "UNIT": unit(*tensors),
         "PRECISION": precision(q), "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "maxnreg": REGISTERS.get((kernel, padded(V))) if few else None,
     }  # fmt: skip
+
+
+def unit(*tensors: Tensor) -> int:
+    """What divides all strides, up to the 16 bytes of a load; 1 where Triton sees by itself that 16 does."""
+    common = math.gcd(16, *(stride for x in tensors for stride in x.stride()[:3]))
+    return 1 if common == 16 else math.gcd(common, 16 // tensors[0].element_size())
 
 
 def _state_shapes(q: Tensor, v: Tensor, return_state: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
