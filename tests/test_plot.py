@@ -183,7 +183,7 @@ def test_the_caption_says_what_the_marks_mean(zoo_frontier, zoo_figure):
         return fig.texts[-1].get_text()
 
     assert "hollow: based_figure2 (published, its state by formula)" in caption(zoo_figure)
-    assert "95% t interval" in caption(zoo_figure)
+    assert "interval" not in caption(zoo_figure)
     assert "dotted: state grows with T" in caption(zoo_figure)
     lone = frontier_table([make_record(), make_record(make_trial(options={"feature_dim": 4}), status="diverged")])
     text = caption(figure(lone))
@@ -191,6 +191,17 @@ def test_the_caption_says_what_the_marks_mean(zoo_frontier, zoo_figure):
     assert "not shown: 1 whose every trial diverged or failed" in text
     assert "interval" not in text
     assert "hollow" not in text
+
+
+def test_three_seeds_have_an_interval_and_two_have_dots():
+    def bars(seeds):
+        (ax,) = figure(frontier_table([make_record(make_trial(seed=seed)) for seed in range(seeds)])).axes
+        return [line for line in ax.lines if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2]
+
+    assert not bars(2)
+    assert bars(3)
+    three = figure(frontier_table([make_record(make_trial(seed=seed)) for seed in range(3)]))
+    assert "bar: 95% t interval, 3 seeds or more" in three.texts[-1].get_text()
 
 
 def test_a_limit_is_a_line_or_a_remark(zoo_frontier):

@@ -57,6 +57,8 @@ MARKER_AREA = {"*": 2.1, "X": 1.4, "P": 1.4, "d": 1.4, "p": 1.3, "h": 1.2, "D": 
 # For a plugin's family: by its name alone, so that it looks the same in every run.
 OTHER_COLOURS = ("#c2185b", "#00838f", "#6d4c41", "#558b2f", "#4527a0", "#ad6800")
 OTHER_MARKERS = ("*", "8", "d", "P", "X", "H", ">")
+# Seeds from which on an interval is drawn: that of two is 12.7 standard errors to each side, often the whole figure.
+BARRED = 3
 
 GREY, PALE = "#6f6f6f", "#e6e6e6"
 _RC: dict[Any, Any] = {
@@ -157,8 +159,9 @@ def _off_zero(frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
 
 def _caption(panels: list[pd.DataFrame], overlay: pd.DataFrame | None, remark: str | None, columns: int) -> str:
     seeds = max(int(panel["n"].max()) for panel in panels)
-    several = ["marker: mean over seeds", "pale: one seed", f"bar: {COVERAGE:.0%} t interval"]
-    parts = several if seeds > 1 else ["marker: one seed"]
+    parts = ["marker: mean over seeds", "pale: one seed"] if seeds > 1 else ["marker: one seed"]
+    if seeds >= BARRED:
+        parts.append(f"bar: {COVERAGE:.0%} t interval, {BARRED} seeds or more")
     parts.append("grey steps: Pareto frontier of all")
     if any(panel["grows"].any() for panel in panels):
         parts.append("dotted: state grows with T")
@@ -275,7 +278,8 @@ def _draw_family(ax: Axes, look: Style, members: pd.DataFrame, line: Any, steps:
     for _, row in members.iterrows():
         x = float(row["state_bytes"])
         if row["n"] > 1:
-            ax.plot([x, x], [row["low"], row["high"]], color=look.colour, linewidth=1.1, alpha=0.3, zorder=2)
+            if row["n"] >= BARRED:
+                ax.plot([x, x], [row["low"], row["high"]], color=look.colour, linewidth=1.1, alpha=0.3, zorder=2)
             xs = [x] * row["n"]
             ax.scatter(xs, row["accuracies"], s=11 * scale, c=look.colour, alpha=0.35, linewidths=0, zorder=4)
     means = members[["state_bytes", "accuracy"]].to_numpy(dtype=float)
