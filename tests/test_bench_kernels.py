@@ -47,6 +47,20 @@ def test_a_case_compares_one_function_with_itself(name, monkeypatch):
     assert any(not torch.equal(inputs[n], other[n]) for n in inputs)
 
 
+def test_a_check_that_raises_has_failed_and_the_others_go_on(monkeypatch, capsys):
+    def check(case, shape, dtype, seeds):
+        if dtype == torch.float16:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.\nMore.")
+        yield Result(case.name, shape, "bfloat16", "fp64 reference", seeds, "dq", 1e-3, 1e-2)
+
+    monkeypatch.setattr(kernels, "check_seeds", check)
+    dtypes = (torch.float16, torch.bfloat16)
+    first, second = kernels.checks(select("wkv"), [TINY], dtypes, 2, False, Clock(60))
+    assert (first.passed, second.passed) == (False, True)
+    assert first.worst == "OutOfMemoryError: CUDA out of memory. Tried to allocate 8 GiB."
+    assert capsys.readouterr().out.startswith("FAIL wkv")
+
+
 def test_selection():
     names = [c.name for c in select("linear_recurrence.gla,taylor_attention.f")]
     assert names == ["linear_recurrence.gla", *(f"taylor_attention.f{K}" for K in (8, 24, 32))]

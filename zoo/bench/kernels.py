@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import time
@@ -270,13 +271,25 @@ def checks(
         if large:
             for shape in case.large:
                 if clock.left():
-                    yield show(check_large(case, shape))
+                    yield from results(check_large, case, shape, torch.bfloat16)
         for shape in shapes or case.shapes:
             for dtype in dtypes:
                 if not clock.left():
                     return
-                for result in check_seeds(case, shape, dtype, seeds):
-                    yield show(result)
+                yield from results(check_seeds, case, shape, dtype, seeds)
+
+
+def results(
+    check: Callable[..., Iterator[Result]], case: Case, shape: Shape, dtype: torch.dtype, *seeds: int
+) -> Iterator[Result]:
+    """What it found; a check that raises, as for want of memory, has failed, and the others go on."""
+    try:
+        for result in check(case, shape, dtype, *seeds):
+            yield show(result)
+    except Exception as error:
+        torch.cuda.empty_cache()
+        name = str(dtype).removeprefix("torch.")
+        yield show(Result(case.name, shape, name, "raised", 0, first_line(error), math.inf, 0.0))
 
 
 def show(r: Result) -> Result:
@@ -292,7 +305,11 @@ def attempt(measure: Callable[[], float]) -> tuple[float | None, str]:
         return measure(), ""
     except Exception as error:
         torch.cuda.synchronize()
-        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80] if str(error) else ''}"
+        return None, first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80] if str(error) else ''}"
 
 
 def compile_all(jobs: Sequence[Job]) -> None:
