@@ -181,6 +181,16 @@ def test_compacting_keeps_the_better_record_of_a_trial(store):
     assert [record.status for record in store.load()] == ["ok"]
 
 
+def test_compacting_removes_only_what_the_archive_holds(store):
+    store.write(make_record())
+    broken = store.records / "broken.json"
+    broken.write_bytes(b"{")
+    (store.path / "corrupt").write_text("in the way")
+    with pytest.warns(RecordWarning, match="could not be moved to corrupt/"):
+        assert store.compact() == 1
+    assert list(store.records.iterdir()) == [broken]
+
+
 def test_an_archive_that_does_not_hold_what_was_written_costs_no_record(store, monkeypatch):
     store.write(make_record())
     monkeypatch.setattr("zoo.results.pack_records", lambda records: pack_records([]))

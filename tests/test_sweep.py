@@ -18,6 +18,7 @@ import zoo.sweep
 from zoo.config import Sweep
 from zoo.errors import ConfigError, PluginError, RecordError, UnsupportedError
 from zoo.executors import Job, Setting, execute, import_ray, start_ray
+from zoo.record import Record
 from zoo.results import RunStore
 from zoo.sweep import PlanWarning, plan_sweep, run_sweep
 
@@ -200,6 +201,24 @@ def test_what_another_sweep_has_written_since_the_plan_is_not_run_again(tmp_path
     monkeypatch.setattr(zoo.sweep, "plan_sweep", plan_then_lose_the_race)
     summary = run(sweep(lr=[0.01, 0.02, 0.03]), tmp_path)
     assert (len(summary.done), len(summary.earlier)) == (1, 2)
+
+
+def test_a_failure_that_another_sweep_has_mended_since_the_plan_is_not_run_again(tmp_path, monkeypatch):
+    trials = sweep()
+    (good,) = run(trials, tmp_path).done
+    failure = {"error": "OSError", "message": "full", "traceback": ""}
+    failed = good.model_dump(mode="json") | {"status": "failed", "outcome": None, "failure": failure}
+    RunStore(tmp_path).write(Record.model_validate(failed))
+
+    def plan_then_lose_the_race(*arguments, **settings):
+        plan = plan_sweep(*arguments, **settings)
+        monkeypatch.undo()
+        RunStore(tmp_path).write(good)
+        return plan
+
+    monkeypatch.setattr(zoo.sweep, "plan_sweep", plan_then_lose_the_race)
+    summary = run(trials, tmp_path, retry_failed=True)
+    assert (summary.done, summary.earlier) == ((), (good,))
 
 
 def test_a_corrupt_record_is_set_aside_and_its_trial_runs_again(tmp_path):

@@ -154,7 +154,7 @@ class RunStore:
     def compact(self, others: Iterable[Record] = ()) -> int:
         """Move every record into the archive, with copies of `others`; returns how many it then holds.
 
-        The files are removed when the archive has been read back and is the same. Of two records of one trial the one
+        Their files are removed when the archive has been read back and is the same. Of two records of one trial the one
         of `load_runs` stays. Raises RecordError when there are none, and for the package's own runs, which are compact
         as they are.
         """
@@ -167,8 +167,8 @@ class RunStore:
             _write_durably(self.archive, pack_records(kept))
             if list(read_archive(self.archive).values()) != kept:
                 raise RecordError(f"{str(self.archive)!r} does not hold what was written to it; nothing was removed.")
-            for path in self.records.glob("*.json"):
-                path.unlink()
+            for record in kept:
+                (self.records / f"{record.key}.json").unlink(missing_ok=True)
         return len(kept)
 
     def _files(self) -> set[str]:
@@ -417,7 +417,7 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
 
     records = list(records)
     settings = [flatten(record.trial) for record in records]
-    columns_of = [name for name in varying(settings) if name not in _PLAIN]
+    varied = [name for name in varying(settings) if name not in _PLAIN]
     rows = []
     for record, flat, label in zip(records, settings, labels(records), strict=True):
         outcome, state = record.outcome, longest_state(record)
@@ -427,7 +427,7 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
             "family": model_family(record),
             "label": label,
             **{short: flat.get(name) for name, short in _PLAIN.items()},
-            **{name: _plain(flat.get(name)) for name in columns_of},
+            **{name: _plain(flat.get(name)) for name in varied},
             "validation_accuracy": outcome.validation_accuracy if outcome else None,
             "test_accuracy": outcome.test_accuracy if outcome else None,
             **{f"accuracy.{part.name}": part.accuracy for part in (outcome.test if outcome else ())},

@@ -136,8 +136,8 @@ def run_sweep(
     interrupted = False
     with store.lock():
         kept = store.keys()
-        if any(p.record is None and p.trial.key in kept for p in plan):
-            # Another sweep has written since.
+        if any(p.will_run and p.trial.key in kept for p in plan):
+            # Another sweep may have written since, and what it has must not run again and be replaced.
             plan = plan_sweep(sweep, run_dir, known=known, retry_failed=retry_failed)
         earlier = tuple(p.record for p in plan if p.record is not None and not p.will_run)
         # Long packs first: the last ones to end are then short, and no slot idles for long.
