@@ -398,6 +398,16 @@ def test_a_sweeps_labels_tell_any_two_of_its_trials_apart():
     )
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["optimizer.lr=0.01,0.01001", "model.layers=[gated_conv, based],[{mixer: gated_conv, conv_width: 4}, based]"],
+)
+def test_labels_that_are_too_short_to_tell_trials_apart_have_the_keys(override):
+    grid = Sweep.from_dict(mqar(), [override])
+    assert len(grid.trials) == 2
+    assert [label.split()[-1] for label in grid.labels.values()] == [f"key={trial.key[:8]}" for trial in grid.trials]
+
+
 def test_a_sweeps_labels_name_the_data_where_they_differ():
     slices = [{**mqar()["data"]["test"][0], "num_pairs": n} for n in (2, 3)]
     grid = Sweep.from_dict(mqar() | {"variants": [{"data": {"train": [s], "test": [s]}} for s in slices]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -271,7 +272,7 @@ class Sweep:
 
     @functools.cached_property
     def labels(self) -> dict[str, str]:
-        """By key: a trial's label, and whatever else is not the same in all trials of the sweep."""
+        """By key: a trial's label, and whatever else is not the same in all trials of the sweep. All are distinct."""
         patterns: dict[str, set[str]] = {}
         for trial in self.trials:
             patterns.setdefault(trial.model.family, set()).add(_pattern(trial.model))
@@ -288,7 +289,9 @@ class Sweep:
             # Of what a trial does not have, nothing is said.
             parts += [f"{name}={settings[name]}" for name in named if settings.get(name) not in (None, "none")]
             labels[trial.key] = " ".join(parts)
-        return labels
+        # A label is short: of rates, for one, it has two digits.
+        alike = Counter(labels.values())
+        return {key: f"{label} key={key[:8]}" if alike[label] > 1 else label for key, label in labels.items()}
 
 
 def _pattern(model: ModelConfig) -> str:
