@@ -108,6 +108,12 @@ def test_a_bad_overlay_says_what_is_wrong(tmp_path, text, fault):
         read_overlay(tmp_path / "bad.csv")
 
 
+def test_what_is_no_text_is_no_csv_file(tmp_path):
+    (tmp_path / "bad.csv").write_bytes(b"family,label,bytes,accuracy\nbased,d64,1,0.5\xff\n")
+    with pytest.raises(ConfigError, match=r"is not a CSV file: 'utf-8' codec .*; a CSV has family,label,bytes"):
+        read_overlay(tmp_path / "bad.csv")
+
+
 def test_an_unknown_overlay_names_the_nearest():
     with pytest.raises(ConfigError, match=r"no published result. Did you mean 'based_figure2'\?"):
         read_overlay("based_figure")

@@ -33,7 +33,7 @@ def read_overlay(source: str | Path, records: Sequence[Record] = ()) -> pd.DataF
     `records` count; published results must be of that data, which is that of the reference run of their name. What a
     file's points are of is its author's affair. `attrs["name"]` is what the figure calls it.
 
-    Raises ConfigError when the data are others, or on anything else.
+    Raises ConfigError when no point is of that data, on a file without these columns, and on any other source.
     """
     import pandas as pd
 
@@ -44,7 +44,7 @@ def read_overlay(source: str | Path, records: Sequence[Record] = ()) -> pd.DataF
         anyway = f" To have its points all the same, give their file: --overlay {file}"
         reference = RunStore(str(resources.files("zoo").joinpath("data", REFERENCE, str(source))))
         _on_same_data(reference.load(), records, str(source), anyway)
-        frame = _check_overlay(_read_csv(file.read_text("utf-8"), str(source)), str(source))
+        frame = _read_csv(file.read_bytes(), str(source))
         name = f"{source} (published, its state by formula)"
     elif path.is_dir() or is_reference(source):
         measured = _on_same_data(load_runs([path]), records, str(source))
@@ -63,7 +63,7 @@ def read_overlay(source: str | Path, records: Sequence[Record] = ()) -> pd.DataF
         if is_reference(source):
             name = f"reference ({', '.join(sorted({record.provenance.device for record in measured}))})"
     elif path.is_file():
-        frame = _check_overlay(_read_csv(path.read_text("utf-8"), str(source)), str(source))
+        frame = _read_csv(path.read_bytes(), str(source))
     else:
         raise ConfigError(
             f"overlay {str(source)!r} is no CSV file, no run folder and no published result."
@@ -97,24 +97,17 @@ def _difference(here: Record, there: Record) -> str:
     return f", with data.{some}{', ...' if len(names) > 3 else ''}"
 
 
-def _read_csv(text: str, source: str) -> pd.DataFrame:
+def _read_csv(data: bytes, source: str) -> pd.DataFrame:
     import pandas as pd
 
+    remedy = f"a CSV has {','.join(OVERLAY_COLUMNS)} (the last two may be left out)"
     try:
-        return pd.read_csv(io.StringIO(text), comment="#")
+        frame = pd.read_csv(io.BytesIO(data), comment="#")
     except ValueError as error:
-        raise ConfigError(f"overlay {source!r} is not a CSV file: {str(error).strip()}.") from error
-
-
-def _check_overlay(frame: pd.DataFrame, source: str) -> pd.DataFrame:
-    import pandas as pd
-
+        raise ConfigError(f"overlay {source!r} is not a CSV file: {str(error).strip()}; {remedy}.") from error
     missing = [name for name in OVERLAY_COLUMNS[:4] if name not in frame]
     if missing:
-        raise ConfigError(
-            f"overlay {source!r} lacks the column {', '.join(missing)}; a CSV has {','.join(OVERLAY_COLUMNS)} "
-            "(the last two may be left out)."
-        )
+        raise ConfigError(f"overlay {source!r} lacks the column {', '.join(missing)}; {remedy}.")
     frame = frame.assign(uncertainty=frame.get("uncertainty", 0.0), source=frame.get("source", source))
     for column in ("bytes", "accuracy", "uncertainty"):
         numbers = pd.to_numeric(frame[column], errors="coerce")
