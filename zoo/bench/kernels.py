@@ -282,14 +282,18 @@ def checks(
 def results(
     check: Callable[..., Iterator[Result]], case: Case, shape: Shape, dtype: torch.dtype, *seeds: int
 ) -> Iterator[Result]:
-    """What it found; a check that raises, as for want of memory, has failed, and the others go on."""
+    """What a check of a case found; one that raises, as for want of memory, has failed, and the others go on."""
     try:
         for result in check(case, shape, dtype, *seeds):
             yield show(result)
     except Exception as error:
-        torch.cuda.empty_cache()
-        name = str(dtype).removeprefix("torch.")
-        yield show(Result(case.name, shape, name, "raised", 0, first_line(error), math.inf, 0.0))
+        why = first_line(error)
+    else:
+        return
+    # Only now, since the error held the tensors of the check.
+    torch.cuda.empty_cache()
+    name = str(dtype).removeprefix("torch.")
+    yield show(Result(case.name, shape, name, "raised", 0, why, math.inf, 0.0))
 
 
 def show(r: Result) -> Result:
@@ -309,7 +313,9 @@ def attempt(measure: Callable[[], float]) -> tuple[float | None, str]:
 
 
 def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80] if str(error) else ''}"
+    """Its type and the first 80 characters of what it says first."""
+    first, *_ = str(error).strip().split("\n")
+    return f"{type(error).__name__}: {first[:80]}"
 
 
 def compile_all(jobs: Sequence[Job]) -> None:
