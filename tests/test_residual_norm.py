@@ -68,6 +68,13 @@ def test_dtypes_and_what_does_not_fit() -> None:
         residual_norm(a["x"], a["branch"][:, :3], a["weight"])
     with pytest.raises(UnsupportedError, match="kind 'batch' is unknown; use 'layer' or 'rms'"):
         residual_norm(a["x"], a["branch"], a["weight"], kind="batch")  # type: ignore[arg-type]
+    x, tokens, table = torch.rand(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), torch.rand(9, 4)
+    with pytest.raises(UnsupportedError, match="positions has shape"):
+        residual_norm(x, None, torch.rand(4), positions=torch.zeros(3, 1, dtype=torch.int64))
+    with pytest.raises(UnsupportedError, match="tokens has shape"):
+        residual_norm(x, None, torch.rand(4), lookup=(tokens[:, :2], table))
+    with pytest.raises(UnsupportedError, match="table has shape"):
+        residual_norm(x, None, torch.rand(4), lookup=(tokens, table[:, :3]))
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])

@@ -30,8 +30,8 @@ def embedding_norm(
         tokens: (B, T) int32 or int64 in [0, V).
         table: (V, D).
         weight, bias: (D,).
-        lookup: the stream is given to residual_norm alone, and with it tokens and table: on a GPU its elements are not
-            in memory.
+        lookup: the stream goes to residual_norm alone, with tokens and table as its `lookup`: by "triton" its elements
+            are never written.
         impl: "chunked", "triton", or None to choose by device.
 
     Returns:

@@ -43,7 +43,8 @@ def residual_norm(
         x, branch: (..., D); without a branch, the stream is x.
         weight, bias: (D,).
         positions: (B, Q) int64 in [0, T), for x (B, T, D): the stream is wanted there alone, (B, Q, D).
-        lookup: of an x that embedding_norm made to be looked up, its tokens and table.
+        lookup: of an x (B, T, D) that embedding_norm made with `lookup`, its tokens (B, T) and table (V, D), of which
+            "triton" reads rows in place of x.
         impl: "reference", "chunked", "triton", or None to choose by device.
 
     Returns:
@@ -56,6 +57,8 @@ def residual_norm(
     check_shapes("residual_norm", x=(rows[0], "MD"), branch=(rows[1], "MD"), weight=(weight, "D"), bias=(bias, "D"))
     if positions is not None:
         check_shapes("residual_norm", x=(x, "BTD"), positions=(positions, "BQ"))
+    if lookup is not None:
+        check_shapes("residual_norm", x=(x, "BTD"), tokens=(lookup[0], "BT"), table=(lookup[1], "VD"))
     if kind not in ("layer", "rms"):
         raise UnsupportedError(f"residual_norm: kind {kind!r} is unknown; use 'layer' or 'rms'.")
     device = x.device.type
