@@ -24,6 +24,7 @@ CLOSE = ("based", "delta_net", "gla", "sliding_window", "attention")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
     first, *others = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     return "\n".join([first, f"|{'---|' * len(head)}", *others])
 
@@ -58,7 +59,7 @@ def _median(sizes: pd.Series) -> str:
 
 
 def by_slice(records: Sequence[Record], d_model: int = 128, windows: Sequence[int] = (65, 257)) -> str:
-    """Accuracy by test slice, mean over seeds, of the models of one width; of sliding windows these."""
+    """Accuracy by test slice, mean over seeds, of the models of one width; of sliding windows, those of `windows`."""
     outcomes = {record.key: record.outcome for record in records}
     entries = records[0].trial["data"]["test"]
     head = [f"d {d_model}", "state", *(f"({entry['seq_len']}, {entry['num_pairs']})" for entry in entries)]

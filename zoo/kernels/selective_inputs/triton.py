@@ -42,7 +42,7 @@ class _SelectiveInputs(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[4:])
-        # Of zeros for what has no gradient.
+        # Else torch makes zeros for r and the weights' copies too.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *output[4:])
 

@@ -208,12 +208,12 @@ def chunk_length(T: int, K: int) -> int:
 
 
 def sum_rows(x: Tensor) -> int:
-    """Channels i of the pairs of channels (i, j) that a program sums up."""
+    """Channels i of the pairs (i, j) that a program sums up."""
     return max(1, (128 if x.element_size() == 2 else 64) // padded(x.shape[-1]))
 
 
 def state_rows(K: int) -> int:
-    """Those that are read at a time."""
+    """Channels i of the pairs (i, j) whose rows of a state are read at a time; they divide `sum_rows`."""
     return max(1, 64 // padded(K))
 
 
