@@ -18,6 +18,7 @@ from zoo.errors import PluginError, UnknownNameError
 from zoo.mixers import Mixer, mixers
 from zoo.registry import Registry, load_file
 from zoo.results import RunStore
+from zoo.sweep import plan_sweep, run_sweep
 from zoo.tasks import tasks
 from zoo.testing import check_mixer, check_task, render
 from zoo.train import run_trial
@@ -140,6 +141,22 @@ def test_a_file_registers_a_task(tmp_path):
     load_file(tmp_path / "my_task.py")
     batch = tasks.get("my_task")(seq_len=9).sample(4, seed=0, split="train")
     assert batch.tokens.shape == (4, 9)
+
+
+def test_a_task_whose_option_is_a_list_is_planned_and_swept(tmp_path):
+    @tasks.register("listed")
+    class Listed(tasks.get("mqar")):
+        sizes: list[int] = [1, 2]
+
+    task = {"task": "listed", "seq_len": 16, "num_pairs": 2, "vocab_size": 32}
+    data = {"train": [{**task, "examples": 64}], "test": [{**task, "examples": 16}]}
+    model, training = {"d_model": 8, "layers": ["attention"]}, {"epochs": 1}
+    grid = Sweep.from_dict({"data": data, "model": model, "optimizer": {"lr": 0.01}, "training": training})
+    (planned,) = plan_sweep(grid, tmp_path)
+    assert planned.cost.tokens == 64 * 16
+    for again in (False, True):
+        summary = run_sweep(grid, tmp_path, executor="inline", device="cpu", progress=False)
+        assert [record.status for record in (summary.earlier if again else summary.done)] == ["ok"]
 
 
 # A class by its address.

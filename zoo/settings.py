@@ -17,6 +17,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
+    def __hash__(self) -> int:
+        # A plugin's field may be a list, which has no hash of its own.
+        return hash((type(self), self.model_dump_json()))
+
     @field_validator("*", mode="before")
     @classmethod
     def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
