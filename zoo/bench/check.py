@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -73,6 +74,11 @@ def check_large(case: Case, shape: Shape, dtype: torch.dtype) -> Iterator[Result
     name = max(errors, key=lambda n: errors[n])
     tolerance = TOLERANCES[case.tolerance][dtype]
     yield Result(case.name, shape, _name(dtype), "large", 1, name, errors[name], tolerance)
+
+
+def raised(case: Case, shape: Shape, dtype: torch.dtype, why: str) -> Result:
+    """Of a check that found nothing: it has failed."""
+    return Result(case.name, shape, _name(dtype), "raised", 0, why, math.inf, 0.0)
 
 
 def _first(outputs: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import time
@@ -15,7 +14,7 @@ import click
 import torch
 
 from zoo.bench.case import Case, Draw, Op, Shape, select
-from zoo.bench.check import DTYPES, Result, check_large, check_seeds
+from zoo.bench.check import DTYPES, Result, check_large, check_seeds, raised
 from zoo.bench.output import csv_lines, environment, save_environment
 from zoo.bench.timing import Pass, copy_bandwidth, eager_ms, graph_ms, matmul_rate, number_of_sets
 from zoo.bench.tuning import share_of_tuning
@@ -292,8 +291,7 @@ def results(
         return
     # Only now, since the error held the tensors of the check.
     torch.cuda.empty_cache()
-    name = str(dtype).removeprefix("torch.")
-    yield show(Result(case.name, shape, name, "raised", 0, why, math.inf, 0.0))
+    yield show(raised(case, shape, dtype, why))
 
 
 def show(r: Result) -> Result:

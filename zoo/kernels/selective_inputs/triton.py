@@ -64,7 +64,7 @@ def _forward(x: Tensor, weight: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tens
     if _wide(x, weight):
         y = F.pad(torch.bmm(x, matrix.mT), (0, -weight.shape[1] % WIDTH))
         return y, torch.bmm(y[..., : dt_weight.shape[2]], dt_matrix.mT), kept, kept_dt
-    programs, options = _launch(x, weight, dt_weight, configured("selective_inputs.forward", forward_config, x))
+    programs, options = _launch(x, weight, dt_weight, configured("selective_inputs.forward", config_of, x))
     y, dt = x.new_empty(groups, M, options["WIDTH"]), x.new_empty(groups, M, D)
     kernels.forward_kernel[(programs,)](
         x, matrix, dt_matrix, y, dt, M, D, *x.stride()[:2], programs // groups, **options
@@ -104,7 +104,7 @@ def _backward(
         dy = torch.cat([torch.bmm(ddt, dt_matrix), dB, dC], dim=-1)
         total = torch.baddbmm(dx, dy, matrix)
     else:
-        programs, options = _launch(x, weight, dt_weight, configured("selective_inputs.input", input_config, x))
+        programs, options = _launch(x, weight, dt_weight, configured("selective_inputs.input", config_of, x))
         dy, total = x.new_empty(groups, M, options["WIDTH"]), torch.empty_like(dx)
         kernels.input_kernel[(programs,)](
             dx, ddt, dB, dC, matrix, dt_matrix, total, dy, M, D, programs // groups, STATES=N, **options
@@ -134,15 +134,11 @@ fold_batch(_forward)
 fold_batch(_backward)
 
 
-def forward_config(x: Tensor) -> Config:
-    """chunk: rows of x; block: channels of it at a time."""
+def config_of(x: Tensor) -> Config:
+    """Both ways. chunk: rows of x; block: channels of it at a time."""
     if x.dtype == torch.float32:
         return Config(chunk=32, block=32, num_warps=4, num_stages=1)
     return Config(chunk=64, block=64, num_warps=4, num_stages=3)
-
-
-def input_config(x: Tensor) -> Config:
-    return forward_config(x)
 
 
 def _sizes(weight: Tensor, dt_weight: Tensor) -> tuple[int, int]:
