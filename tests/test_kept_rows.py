@@ -14,7 +14,7 @@ from zoo.kernels.kept_rows import kept_rows
 from zoo.testing.ops import check_op
 from zoo.testing.tolerances import TOLERANCES
 
-FP32 = TOLERANCES["joined_rows"][torch.float32]
+FP32 = TOLERANCES["gather_rows"][torch.float32]
 
 
 def asked(*shape: int, T: int) -> Tensor:

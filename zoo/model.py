@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from zoo.config import DataConfig, MLPConfig, ModelConfig
 from zoo.kernels.answer_loss import AnswerLoss, answer_loss
 from zoo.kernels.embedding_norm import embedding_norm
-from zoo.kernels.joined_rows import joined_rows
+from zoo.kernels.gather_rows import gather_rows
 from zoo.kernels.residual_norm import Kind, ResidualNorm, residual_norm
 from zoo.kernels.token_embedding import token_embedding
 from zoo.mixers import LayerInfo, Mixer, mixers
@@ -116,7 +116,7 @@ class Model(nn.Module):
             x, normed = _join(x, branch, after.norm, positions if after is last else None, lookup)
             lookup = None
         if not others:
-            x = joined_rows(x, None, positions)
+            x = gather_rows(x, positions)
         branch = _asked(last.mixer, normed, positions)
         if last.mlp is not None and last.mlp_norm is not None:
             x, normed = _join(x, branch, last.mlp_norm)
@@ -192,7 +192,7 @@ class Model(nn.Module):
 def _asked(mixer: Mixer, x: Tensor, positions: Tensor) -> Tensor:
     """mixer(x) at positions (B, Q), (B, Q, D)."""
     y = mixer.forward_at(x, positions)
-    return joined_rows(mixer(x), None, positions) if y is None else y
+    return gather_rows(mixer(x), positions) if y is None else y
 
 
 def _join(

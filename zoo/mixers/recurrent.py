@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from zoo.kernels.joined_rows import joined_rows
+from zoo.kernels.gather_rows import gather_rows
 from zoo.kernels.kept_rows import kept_rows
 from zoo.mixers.base import Mixer
 from zoo.state import State
@@ -49,7 +49,7 @@ class At:
     positions: Tensor
 
     def __call__(self, y: Tensor) -> Tensor:
-        return joined_rows(y.flatten(2), None, self.positions).view(*self.positions.shape, *y.shape[2:])
+        return gather_rows(y.flatten(2), self.positions).view(*self.positions.shape, *y.shape[2:])
 
 
 def beside(pick: Pick, *ys: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

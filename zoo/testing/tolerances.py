@@ -39,7 +39,7 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "linear": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "ssm_kernel": {torch.float32: 1e-5},
     "implicit_filter": {torch.float32: 1e-5},
-    "joined_rows": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "gather_rows": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "attention": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     "answer_loss": {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from zoo.kernels.early import kernel, wait_for_earlier
-from zoo.kernels.joined_rows.kernels import add_of_several, askers
+from zoo.kernels.gather_rows.kernels import add_of_several, askers
 
 
 @kernel

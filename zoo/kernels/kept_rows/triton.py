@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from zoo.kernels.joined_rows import joined_rows
+from zoo.kernels.gather_rows import gather_rows
 from zoo.kernels.kept_rows import kernels
 from zoo.kernels.launch import check_launch, fold_batch
 
@@ -30,7 +30,7 @@ class _KeptRows(torch.autograd.Function):
 
     @staticmethod
     def forward(positions: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
-        return (*(x.view_as(x) for x in xs), *(joined_rows(x, None, positions, impl="triton") for x in xs))
+        return (*(x.view_as(x) for x in xs), *(gather_rows(x, positions, impl="triton") for x in xs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.kernels.joined_rows import joined_rows
+from zoo.kernels.gather_rows import gather_rows
 
 
 def residual_norm(
@@ -21,7 +21,7 @@ def residual_norm(
     lookup: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     stream = x if branch is None else x + branch.to(x.dtype)
-    kept = stream if positions is None else joined_rows(stream, None, positions, impl="chunked")
+    kept = stream if positions is None else gather_rows(stream, positions, impl="chunked")
     if kind == "layer":
         return kept, F.layer_norm(stream, weight.shape, weight, bias, eps).to(dtype)
     normed = F.rms_norm(stream, weight.shape, weight, eps)

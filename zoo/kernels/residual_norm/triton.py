@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from zoo.kernels.joined_rows import joined_rows
+from zoo.kernels.gather_rows import gather_rows
 from zoo.kernels.launch import Config, check_launch, configured, fold_batch
 from zoo.kernels.parts import sum_all
 from zoo.kernels.residual_norm import kernels
@@ -88,7 +88,7 @@ def _forward(
     if positions is None:
         return stream, normed, stream.new_empty(len(stream), 0)
     sequences = positions.flatten(0, 1)
-    kept = joined_rows(stream.view(len(sequences), -1, x.shape[2]), None, sequences, impl="triton")
+    kept = gather_rows(stream.view(len(sequences), -1, x.shape[2]), sequences, impl="triton")
     return stream, normed, kept.view(*positions.shape, -1)
 
 

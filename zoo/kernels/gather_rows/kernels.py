@@ -35,8 +35,7 @@ def add_of_several(total, rows, positions, t, count, Q, column, D: tl.constexpr)
 
 @kernel
 def forward_kernel(
-    x, branch, positions, y, T, Q, blocks, x_b, x_t, branch_b, branch_t,
-    BRANCH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    x, positions, y, Q, blocks, x_b, x_t, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     wait_for_earlier()
     sequence = (tl.program_id(0) // blocks).to(tl.int64)
@@ -44,17 +43,14 @@ def forward_kernel(
     column = tl.arange(0, BLOCK_D)
     mask = (q < Q)[:, None] & (column < D)[None, :]
     t = tl.load(positions + sequence * Q + q, mask=q < Q, other=0)
-    total = tl.load(x + (sequence * x_b + t * x_t)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    if BRANCH:
-        at = (sequence * branch_b + t * branch_t)[:, None] + column[None, :]
-        total += tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + (sequence * Q + q)[:, None] * D + column[None, :], total.to(y.dtype.element_ty), mask=mask)
+    rows = tl.load(x + (sequence * x_b + t * x_t)[:, None] + column[None, :], mask=mask)
+    tl.store(y + (sequence * Q + q)[:, None] * D + column[None, :], rows, mask=mask)
 
 
 @kernel
 def backward_kernel(
-    positions, dy, dx, dbranch, T, Q, t_blocks, d_blocks,
-    BRANCH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr,
+    positions, dy, dx, T, Q, t_blocks, d_blocks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     wait_for_earlier()
     column = (tl.program_id(0) % d_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -69,7 +65,4 @@ def backward_kernel(
     if tl.max(count, 0) > 1:
         total = add_of_several(total, dy, positions, t, count, Q, column, D)
     at = (sequence * T + t)[:, None] * D + column[None, :]
-    mask = (t < T)[:, None] & inside
-    tl.store(dx + at, total.to(dx.dtype.element_ty), mask=mask)
-    if BRANCH:
-        tl.store(dbranch + at, total.to(dbranch.dtype.element_ty), mask=mask)
+    tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(t < T)[:, None] & inside)
