@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.early import kernel, wait_for_earlier
+from zoo.kernels.tiles import block_of_rows, load_tile, store_tile
 
 
 @kernel
@@ -24,11 +25,6 @@ def cast_kernel(weights, outs, weight_groups, sizes, groups, COUNT: tl.constexpr
 
 
 @triton.jit
-def _load_weight(weight, n, k, N: tl.constexpr, K: tl.constexpr):
-    return tl.load(weight + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
-
-
-@triton.jit
 def _multiply(
     x_MK, weight, bias, y, within, k, live,
     BIAS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
@@ -36,11 +32,11 @@ def _multiply(
 ):  # fmt: skip
     for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK)
-        w_NK = _load_weight(weight, n, k, N, K).to(x_MK.dtype)
+        w_NK = load_tile(weight, n, K, n < N, k, k < K).to(x_MK.dtype)
         y_MN = tl.dot(x_MK, tl.trans(w_NK), input_precision=PRECISION)
         if BIAS:
             y_MN += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        tl.store(y + within[:, None] * N + n[None, :], y_MN.to(y.dtype.element_ty), mask=live & (n < N)[None, :])
+        store_tile(y, y_MN, within, N, live, n, n < N)
 
 
 @triton.jit
@@ -50,8 +46,8 @@ def _add_product(
 ):  # fmt: skip
     for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK)
-        dy_MN = tl.load(dy + within[:, None] * N + n[None, :], mask=live & (n < N)[None, :], other=0.0)
-        w_NK = _load_weight(weight, n, k, N, K).to(dy_MN.dtype)
+        dy_MN = load_tile(dy, within, N, live, n, n < N)
+        w_NK = load_tile(weight, n, K, n < N, k, k < K).to(dy_MN.dtype)
         total = tl.dot(dy_MN, w_NK, total, input_precision=PRECISION)
     return total
 
@@ -64,13 +60,11 @@ def forward_kernel(
 ):  # fmt: skip
     """ys[i] (groups, M, NS[i]) = x (groups, M, K) weights[i]^T (groups, K, NS[i]) + biases[i]."""
     wait_for_earlier()
-    row_block = tl.program_id(0) % row_blocks
-    group = (tl.program_id(0) // row_blocks).to(tl.int64)
-    within, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
-    live = (row_block * ROWS + within < M)[:, None]
-    x += group * x_group + (row_block * ROWS).to(tl.int64) * x_row
-    x_MK = tl.load(x + within[:, None] * x_row + k[None, :], mask=live & (k < K)[None, :], other=0.0)
-    first = group * M + row_block * ROWS
+    group, start_row, within, live = block_of_rows(M, row_blocks, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    x += group * x_group + start_row.to(tl.int64) * x_row
+    x_MK = load_tile(x, within, x_row, live, k, k < K)
+    first = group * M + start_row
     for i in tl.static_range(COUNT):
         weight, bias = weights[i] + group * weight_groups[i], biases[i] + group * bias_groups[i]
         y = ys[i] + first * NS[i]
@@ -85,14 +79,11 @@ def input_kernel(
 ):  # fmt: skip
     """dx (groups, M, K) = sum over i of dys[i] (groups, M, NS[i]) weights[i] (groups, NS[i], K)."""
     wait_for_earlier()
-    row_block = tl.program_id(0) % row_blocks
-    group = (tl.program_id(0) // row_blocks).to(tl.int64)
-    within, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
-    live = (row_block * ROWS + within < M)[:, None]
-    first = group * M + row_block * ROWS
+    group, start_row, within, live = block_of_rows(M, row_blocks, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    first = group * M + start_row
     total = tl.zeros([ROWS, BLOCK_K], tl.float32)
     for i in tl.static_range(COUNT):
         weight, dy = weights[i] + group * weight_groups[i], dys[i] + first * NS[i]
         total = _add_product(total, dy, weight, within, k, live, NS[i], BLOCKS[i], K, STAGES, PRECISION)
-    at = dx + first * K + within[:, None] * K + k[None, :]
-    tl.store(at, total.to(dx.dtype.element_ty), mask=live & (k < K)[None, :])
+    store_tile(dx + first * K, total, within, K, live, k, k < K)

@@ -6,12 +6,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.early import kernel, wait_for_earlier
-
-
-@triton.jit
-def _weight(weight, n, d, N, D):
-    """Rows n of a matrix (N, D) and columns d."""
-    return tl.load(weight + n[:, None] * D + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+from zoo.kernels.tiles import block_of_rows, load_tile, store_tile
 
 
 @triton.jit
@@ -28,28 +23,26 @@ def forward_kernel(
 ):  # fmt: skip
     """y (groups, M, WIDTH), of which N are used, = weight x; dt (groups, M, D) = dt_weight y[:R]."""
     wait_for_earlier()
-    row_block = tl.program_id(0) % row_blocks
-    group = (tl.program_id(0) // row_blocks).to(tl.int64)
-    within, n = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
-    live = (row_block * ROWS + within < M)[:, None]
-    first = group * M + row_block * ROWS
-    x += group * x_group + (row_block * ROWS).to(tl.int64) * x_row
+    group, start_row, within, live = block_of_rows(M, row_blocks, ROWS)
+    n = tl.arange(0, BLOCK_N)
+    first = group * M + start_row
+    x += group * x_group + start_row.to(tl.int64) * x_row
     weight += group * N * D
     dt_weight += group * D * R
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for start in tl.range(0, D, BLOCK, num_stages=STAGES):
         d = start + tl.arange(0, BLOCK)
-        x_MD = tl.load(x + within[:, None] * x_row + d[None, :], mask=live & (d < D)[None, :], other=0.0)
-        w_ND = _weight(weight, n, d, N, D).to(x_MD.dtype)
+        x_MD = load_tile(x, within, x_row, live, d, d < D)
+        w_ND = load_tile(weight, n, D, n < N, d, d < D).to(x_MD.dtype)
         total = tl.dot(x_MD, tl.trans(w_ND), total, input_precision=PRECISION)
     y_MN = total.to(y.dtype.element_ty)
-    tl.store(y + first * WIDTH + within[:, None] * WIDTH + n[None, :], y_MN, mask=live & (n < WIDTH)[None, :])
+    store_tile(y + first * WIDTH, y_MN, within, WIDTH, live, n, n < WIDTH)
     dt += first * D
     for start in tl.range(0, D, BLOCK, num_stages=STAGES):
         d = start + tl.arange(0, BLOCK)
         steps = tl.dot(y_MN, _steps(dt_weight, n, d, D, R).to(y_MN.dtype), input_precision=PRECISION)
         at = within[:, None] * D + d[None, :]
-        tl.store(dt + at, steps.to(dt.dtype.element_ty), mask=live & (d < D)[None, :])
+        tl.store(dt + at, steps.to(dt.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
 
 
 @kernel
@@ -60,32 +53,32 @@ def input_kernel(
 ):  # fmt: skip
     """dy (groups, M, WIDTH) = dt_weight^T ddt, dB and dC side by side; dx (groups, M, D) = dkept + weight^T dy."""
     wait_for_earlier()
-    row_block = tl.program_id(0) % row_blocks
-    group = (tl.program_id(0) // row_blocks).to(tl.int64)
-    within, n = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
-    live = (row_block * ROWS + within < M)[:, None]
-    first = group * M + row_block * ROWS
+    group, start_row, within, live = block_of_rows(M, row_blocks, ROWS)
+    n = tl.arange(0, BLOCK_N)
+    first = group * M + start_row
     weight += group * N * D
     dt_weight += group * D * R
     ddt += first * D
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for start in tl.range(0, D, BLOCK, num_stages=STAGES):
         d = start + tl.arange(0, BLOCK)
-        ddt_MD = tl.load(ddt + within[:, None] * D + d[None, :], mask=live & (d < D)[None, :], other=0.0)
+        ddt_MD = load_tile(ddt, within, D, live, d, d < D)
         steps = _steps(dt_weight, n, d, D, R).to(ddt_MD.dtype)
         total = tl.dot(ddt_MD, tl.trans(steps), total, input_precision=PRECISION)
-    is_B, is_C = live & ((n >= R) & (n < R + STATES))[None, :], live & ((n >= R + STATES) & (n < N))[None, :]
+    is_B = live[:, None] & ((n >= R) & (n < R + STATES))[None, :]
+    is_C = live[:, None] & ((n >= R + STATES) & (n < N))[None, :]
     state = within[:, None] * STATES + (n - R)[None, :]
     total += tl.load(dB + first * STATES + state, mask=is_B, other=0.0).to(tl.float32)
     total += tl.load(dC + first * STATES + state - STATES, mask=is_C, other=0.0).to(tl.float32)
     dy_MN = total.to(dy.dtype.element_ty)
-    tl.store(dy + first * WIDTH + within[:, None] * WIDTH + n[None, :], dy_MN, mask=live & (n < WIDTH)[None, :])
+    store_tile(dy + first * WIDTH, dy_MN, within, WIDTH, live, n, n < WIDTH)
     dkept += first * D
     dx += first * D
     for start in tl.range(0, D, BLOCK, num_stages=STAGES):
         d = start + tl.arange(0, BLOCK)
         at = within[:, None] * D + d[None, :]
-        mask = live & (d < D)[None, :]
+        mask = live[:, None] & (d < D)[None, :]
         slope = tl.load(dkept + at, mask=mask, other=0.0).to(tl.float32)
-        slope = tl.dot(dy_MN, _weight(weight, n, d, N, D).to(dy_MN.dtype), slope, input_precision=PRECISION)
+        w_ND = load_tile(weight, n, D, n < N, d, d < D).to(dy_MN.dtype)
+        slope = tl.dot(dy_MN, w_ND, slope, input_precision=PRECISION)
         tl.store(dx + at, slope.to(dx.dtype.element_ty), mask=mask)

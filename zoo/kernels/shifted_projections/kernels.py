@@ -11,11 +11,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.early import kernel, wait_for_earlier
-
-
-@triton.jit
-def _load(x, row, stride, column, live, inside):
-    return tl.load(x + row[:, None] * stride + column[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+from zoo.kernels.tiles import block_of_rows, load_tile, store_tile
 
 
 @triton.jit
@@ -71,23 +67,20 @@ def forward_kernel(
 ):  # fmt: skip
     """ys[i] (groups, M, NS[i])."""
     wait_for_earlier()
-    group = (tl.program_id(0) // row_blocks).to(tl.int64)
-    first_row = tl.program_id(0) % row_blocks * ROWS
-    row, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
-    live = first_row + row < M
+    group, first_row, row, live = block_of_rows(M, row_blocks, ROWS)
+    k = tl.arange(0, BLOCK_K)
     first = group * M + first_row
-    here = _load(x + first * K, row, K, k, live, k < K)
-    before = _load(x + first * K, row - 1, K, k, live & ((first_row + row) % T > 0), k < K)
+    here = load_tile(x + first * K, row, K, live, k, k < K)
+    before = load_tile(x + first * K, row - 1, K, live & ((first_row + row) % T > 0), k, k < K)
     prepared += group * (3 * TOTAL * K)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
         which, y, N, start, n = _owner(block, ys, NS, STARTS, COUNT, BLOCK)
-        weight = _load(prepared + start * K, n, K, k, n < N, k < K)
+        weight = load_tile(prepared + start * K, n, K, n < N, k, k < K)
         share = _load_share(shares, group * COUNT + which, k, K)
         change = before.to(tl.float32) - here.to(tl.float32)
         mixed = (here.to(tl.float32) + change * share).to(here.dtype)
         values = tl.dot(mixed, tl.trans(weight), input_precision=PRECISION)
-        to = y + first * N + row[:, None] * N + n[None, :]
-        tl.store(to, values.to(here.dtype), mask=live[:, None] & (n < N)[None, :])
+        store_tile(y + first * N, values, row, N, live, n, n < N)
 
 
 @kernel
@@ -98,24 +91,21 @@ def input_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     wait_for_earlier()
-    group = (tl.program_id(0) // row_blocks).to(tl.int64)
-    first_row = tl.program_id(0) % row_blocks * ROWS
-    row, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
-    live = first_row + row < M
+    group, first_row, row, live = block_of_rows(M, row_blocks, ROWS)
+    k = tl.arange(0, BLOCK_K)
     followed = live & ((first_row + row) % T < T - 1)
     first = group * M + first_row
     prepared += group * (3 * TOTAL * K)
     total = tl.zeros([ROWS, BLOCK_K], tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
         _, dy, N, start, n = _owner(block, dys, NS, STARTS, COUNT, BLOCK)
-        now = _load(dy + first * N, row, N, n, live, n < N)
-        after = _load(dy + first * N, row + 1, N, n, followed, n < N)
-        present = _load(prepared + (TOTAL + start) * K, n, K, k, n < N, k < K)
-        past = _load(prepared + (2 * TOTAL + start) * K, n, K, k, n < N, k < K)
+        now = load_tile(dy + first * N, row, N, live, n, n < N)
+        after = load_tile(dy + first * N, row + 1, N, followed, n, n < N)
+        present = load_tile(prepared + (TOTAL + start) * K, n, K, n < N, k, k < K)
+        past = load_tile(prepared + (2 * TOTAL + start) * K, n, K, n < N, k, k < K)
         total = tl.dot(now, present, total, input_precision=PRECISION)
         total = tl.dot(after, past, total, input_precision=PRECISION)
-    to = dx + first * K + row[:, None] * K + k[None, :]
-    tl.store(to, total.to(dx.dtype.element_ty), mask=live[:, None] & (k < K)[None, :])
+    store_tile(dx + first * K, total, row, K, live, k, k < K)
 
 
 @kernel(do_not_specialize=["steps", "parts"])
@@ -136,9 +126,9 @@ def weight_kernel(
     now, past = tl.zeros([BLOCK_K, BLOCK], tl.float32), tl.zeros([BLOCK_K, BLOCK], tl.float32)
     for token in tl.range(begin, end, ROWS, num_stages=STAGES):
         live = token + row < end
-        here = tl.trans(_load(x + (first + token) * K, row, K, k, live, k < K))
-        dy_now = _load(dy + (first + token) * N, row, N, n, live, n < N)
-        dy_after = _load(dy + (first + token) * N, row + 1, N, n, live & ((token + row) % T < T - 1), n < N)
+        here = tl.trans(load_tile(x + (first + token) * K, row, K, live, k, k < K))
+        dy_now = load_tile(dy + (first + token) * N, row, N, live, n, n < N)
+        dy_after = load_tile(dy + (first + token) * N, row + 1, N, live & ((token + row) % T < T - 1), n, n < N)
         now = tl.dot(here, dy_now, now, input_precision=PRECISION)
         past = tl.dot(here, dy_after, past, input_precision=PRECISION)
     to = sums + (place * 2 * TOTAL + start) * K + n[None, :] * K + k[:, None]
@@ -168,9 +158,9 @@ def finish_kernel(
                 now, past = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
                 for part in tl.range(0, parts, num_stages=4):
                     at = sums + (group * parts + part) * (2 * TOTAL * K) + STARTS[i] * K
-                    now += _load(at, n, K, k, live, k < K)
-                    past += _load(at + TOTAL * K, n, K, k, live, k < K)
-                weight = _load(prepared + group * (3 * TOTAL * K) + STARTS[i] * K, n, K, k, live, k < K)
+                    now += load_tile(at, n, K, live, k, k < K)
+                    past += load_tile(at + TOTAL * K, n, K, live, k, k < K)
+                weight = load_tile(prepared + group * (3 * TOTAL * K) + STARTS[i] * K, n, K, live, k, k < K)
                 dshare += tl.sum(weight.to(tl.float32) * (past - now), 0)
                 to = dweights[i] + group * weight_groups[i]
                 to += n[:, None] * weight_rows[i] + k[None, :] * weight_columns[i]
