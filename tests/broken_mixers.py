@@ -101,6 +101,14 @@ class LooksAhead(Sound):
         return super().forward(x) + 0.1 * pad(x[:, 4:], (0, 0, 0, 4))
 
 
+class LooksAheadLate(Sound):
+    """As a parallel form whose second chunk of 128 has lost its mask."""
+
+    def prefill(self, x, state=None):
+        y, state = super().prefill(x, state)
+        return torch.cat([y[:, :128], y[:, 128:] + 0.1 * ahead(x[:, 128:])], dim=1), state
+
+
 class StartsElsewhere(Sound):
     """init_state is not the state that prefill starts from."""
 

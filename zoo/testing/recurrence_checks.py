@@ -125,16 +125,17 @@ def _pairs(total: int) -> str:
 @torch.no_grad()
 def forward_is_scan_of_step(s: Subject) -> str:
     """The parallel form and the recurrent form compute the same; with rotary positions and in a last layer too."""
-    errors = []
+    # The longest input: what only a second chunk of 128 gets wrong shows here, and in no comparison of shorter ones.
+    errors, longest = [], s.layer.max_seq_len
     for dtype in s.dtypes:
-        mixer, x = s.build(dtype=dtype), s.input(dtype=dtype)
+        mixer, x = s.build(dtype=dtype), s.input(length=longest, dtype=dtype)
         y, _ = scan(mixer, x)
         errors.append(require_close(y, mixer(x), "two forms", "steps from init_state, against forward", dtype))
     for where, layer in {"with rotary positions": s.at(rotary=True), "as the last of 4 layers": s.last_of(4)}.items():
         mixer, x = s.build(layer=layer), s.input(2, 20)
         require_close(scan(mixer, x)[0], mixer(x), "two forms", f"steps from init_state, against forward, {where}")
         _require_reserved(mixer, x, where)
-    return f"{s.length} steps, {_errors(s, errors)}"
+    return f"{longest} steps, {_errors(s, errors)}"
 
 
 def _require_reserved(mixer: Mixer, x: Tensor, where: str) -> None:
