@@ -19,8 +19,8 @@ def standardised(stream, column, eps, RMS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x, tokens, group, row, column, mask, M, V, LOOKUP: tl.constexpr, D: tl.constexpr):
-    """Rows of x (groups, M, D); with LOOKUP those of a table (groups, V, D) that tokens (groups, M) name."""
+def load_stream(x, tokens, group, row, column, mask, M, V, LOOKUP: tl.constexpr, D: tl.constexpr):
+    """Rows of x (groups, M, D) in fp32; with LOOKUP those of a table (groups, V, D) that tokens (groups, M) name."""
     if LOOKUP:
         token = tl.load(tokens + group * M + row, mask=row < M, other=0)
         at = (group * V + token)[:, None] * D + column[None, :]
@@ -46,7 +46,7 @@ def forward_kernel(
         row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
         at = (group.to(tl.int64) * M + row)[:, None] * D + column[None, :]
         mask = (row < M)[:, None] & (column < D)[None, :]
-        total = load_rows(x, tokens, group.to(tl.int64), row, column, mask, M, V, LOOKUP, D)
+        total = load_stream(x, tokens, group.to(tl.int64), row, column, mask, M, V, LOOKUP, D)
         if BRANCH:
             total += tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(stream + at, total.to(stream.dtype.element_ty), mask=mask)
@@ -86,7 +86,7 @@ def backward_kernel(
         at = (group.to(tl.int64) * M + row)[:, None] * D + column[None, :]
         mask = (row < M)[:, None] & (column < D)[None, :]
         # All loads before the first sum, which would hold them up.
-        total = load_rows(stream, tokens, group.to(tl.int64), row, column, mask, M, V, LOOKUP, D)
+        total = load_stream(stream, tokens, group.to(tl.int64), row, column, mask, M, V, LOOKUP, D)
         slope = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
         if STREAM:
             if ASKED:

@@ -17,7 +17,7 @@ from zoo.kernels.selective_scan.kernels import (
     channels,
     four_rows,
     indices,
-    load_rows,
+    load_step_rows,
     load_steps,
     load_terms,
     moved,
@@ -200,7 +200,7 @@ def backward_kernel(
     if B_BY_STEP or C_BY_STEP:
         next_terms = load_terms(PQ, T - last, P_t, Q_t, N, S, WHOLE)
     if B_BY_STEP:
-        next_Bs = load_rows(all_B_at, row, 0, T - last, P_t, P_t, N, WHOLE)
+        next_Bs = load_step_rows(all_B_at, row, 0, T - last, P_t, P_t, N, WHOLE)
     next_dys = load_steps(dy, dy_t, d, T - last, D, S, WHOLE)
     if HAS_GATE:
         next_zs = load_steps(z, z_t, d, T - last, D, S, WHOLE)
@@ -312,7 +312,7 @@ def backward_kernel(
                     next_terms = load_terms(PQ, live + back, P_t, Q_t, N, S, WHOLE)
                 if B_BY_STEP:
                     all_B_at -= back * P_t
-                    next_Bs = load_rows(all_B_at, row, 0, live + back, P_t, P_t, N, WHOLE)
+                    next_Bs = load_step_rows(all_B_at, row, 0, live + back, P_t, P_t, N, WHOLE)
                 dy -= back * dy_t
                 next_dys = load_steps(dy, dy_t, d, live + back, D, S, WHOLE)
                 if HAS_GATE:

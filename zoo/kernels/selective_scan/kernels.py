@@ -66,7 +66,7 @@ def moved(rows, steps, P_t: tl.constexpr, Q_t: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
+def load_step_rows(
     rows, own, i: tl.constexpr, live, P_t: tl.constexpr, Q_t: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
     """Rows, of steps `own` of a chunk, i steps further; past the end, where x and dy are zero, the last step's."""
@@ -82,7 +82,7 @@ def load_terms(
     """A tuple of P and Q of each two steps, rows as `four_rows` has them."""
     terms = ()
     for i in tl.static_range(0, S, 2):
-        term = load_rows(rows, tl.arange(0, 4)[:, None] // 2, i, live, P_t, Q_t, N, WHOLE)
+        term = load_step_rows(rows, tl.arange(0, 4)[:, None] // 2, i, live, P_t, Q_t, N, WHOLE)
         terms = terms + (term,)  # type: ignore[assignment]  # noqa: RUF005
     return terms
 
