@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pandas as pd
-from order_effect import order_effect
+from order_effect import SIZES, is_of_sets, order_effect, passes
 
 from zoo.frontier import compare, frontier_table, split_by_data
 from zoo.overlay import read_overlay
@@ -100,27 +101,30 @@ def by_length(records: Sequence[Record], d_model: int) -> str:
 
 def by_order(records: Sequence[Record]) -> str:
     """What the order of the sets costs, once and with the context given twice; see order_effect.py."""
-    head = ("BASED", "state, bytes", "smaller first", "larger first", "gap", "sizes as trained on", "larger sizes")
+    head = ("BASED", "state, bytes", "seeds", "smaller first", "larger first", "gap", *(f"sets {s}" for s in SIZES))
     return markdown([*head, "largest gap of a trial"], list(_orders(records)))
 
 
 def _orders(records: Sequence[Record]) -> Iterator[list[str]]:
-    for members in sorted(split_by_data(records).values(), key=_passes):
-        twice = _passes(members) == 2
-        every, trained, larger = (order_effect(members, which).to_dict("records") for which in (None, False, True))
-        for row, as_trained, beyond in zip(every, trained, larger, strict=True):
+    for members in sorted(split_by_data(records).values(), key=passes):
+        twice = passes(members) == 2
+        every, *parts = (order_effect(members, sizes).to_dict("records") for sizes in (None, *SIZES))
+        for row, *of_sizes in zip(every, *parts, strict=True):
             yield [
                 f"{_dials(row['label'], width=True)}{', context twice' if twice else ''}",
                 f"{row['state_bytes']:,}",
+                str(row["n"]),
                 _fraction(row["smaller_first"]),
                 _fraction(row["larger_first"]),
-                *(_gap(part) for part in (row, as_trained, beyond)),
+                *(_gap(part) for part in (row, *of_sizes)),
                 _fraction(row["largest_gap"], "+"),
             ]
 
 
-def _passes(records: Sequence[Record]) -> int:
-    return int(records[0].trial["data"]["test"][0]["num_passes"])
+def in_published_blocks() -> list[Record]:
+    """The trials of set disjointness in the blocks of the published runs."""
+    run = Path(__file__).parent / "results" / "published_block"
+    return [record for record in load_runs([str(run)]) if is_of_sets(record)]
 
 
 def _gap(row: dict[str, Any]) -> str:
@@ -149,4 +153,5 @@ if __name__ == "__main__":
     lengths = load_runs(["reference/mqar_by_length"])
     for width in sorted({record.trial["model"]["d_model"] for record in lengths}):
         print(f"{by_length(lengths, width)}\n")
-    print(f"## Set disjointness\n\n{by_order(load_runs(['reference/set_disjointness']))}")
+    print(f"## Set disjointness\n\n{by_order(load_runs(['reference/set_disjointness']))}\n")
+    print(f"In the published blocks:\n\n{by_order(in_published_blocks())}")

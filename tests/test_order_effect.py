@@ -50,14 +50,23 @@ def test_the_largest_gap_is_of_any_trial_and_the_sizes_can_be_told_apart(script)
     sizes = ((4, 32, "a"), (32, 4, "a"), (4, 64, "a"), (64, 4, "a"))
     records = [record(0, (0.9, 0.8, 0.3, 0.4), sizes=sizes), record(0, (0.5, 0.1, 0.2, 0.1), sizes=sizes, lr=1e-2)]
     # Validation tells the two apart by nothing: the lower rate is chosen.
-    all_sizes, trained, larger = (
-        script.order_effect(records, which).to_dict("records")[0] for which in (None, False, True)
-    )
+    trained, larger = (script.order_effect(records, sizes).to_dict("records")[0] for sizes in script.SIZES[:2])
+    (all_sizes,) = script.order_effect(records).to_dict("records")
     assert trained["gap"] == pytest.approx(0.1)
     assert larger["gap"] == pytest.approx(-0.1)
     assert all_sizes["gap"] == pytest.approx(0.0)
     assert all_sizes["largest_gap"] == pytest.approx(0.25)
     assert larger["largest_gap"] == pytest.approx(0.1)
+    assert script.order_effect(records, "smaller than trained on").empty
+
+
+@pytest.mark.parametrize(
+    ("sizes", "which"),
+    [((4, 8), "as trained on"), ((32, 5), "larger than trained on"), ((30, 3), "smaller than trained on")],
+)
+def test_which_sizes_a_slice_has(script, sizes, which):
+    train = [{"size_a": 4, "size_b": 32}, {"size_a": 32, "size_b": 4}]
+    assert script.sizes_of(dict(zip(("size_a", "size_b"), sizes, strict=True)), train) == which
 
 
 def test_the_script_draws_and_prints(script, tmp_path, capsys, monkeypatch):
