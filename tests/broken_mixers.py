@@ -444,6 +444,14 @@ class LoneLayer(Sound):
         nn.init.constant_(self.previous, layer.index / (layer.depth - 1))
 
 
+class OfOneWidth(Sound):
+    """A number in the place of layer.d_model."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.out = nn.Linear(16, 16)
+
+
 class CannotBeBuilt(Sound):
     def __init__(self, config, layer):
         raise RuntimeError("no weights here")

@@ -104,7 +104,8 @@ BROKEN = [
     (broken.ChangeableConfig, {CONFIG}, "the field 'bias' of a config can be set"),
     (broken.ForgetsConfig, {CONFIG}, "the mixer keeps Config(bias=1.0)"),
     (broken.HoldsALambda, {PICKLE}, "local object 'HoldsALambda.__init__.<locals>.<lambda>'"),
-    (broken.LoneLayer, {LAYERS}, "crashed: ZeroDivisionError: division by zero (at broken_mixers.py:"),
+    (broken.LoneLayer, {LAYERS}, "in __init__, as the only layer)"),
+    (broken.OfOneWidth, {LAYERS}, "in step, as a layer of d_model 32)"),
 ]
 
 

@@ -7,6 +7,7 @@ check too (report.run_check).
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 import random
@@ -205,17 +206,24 @@ def pickle_and_deepcopy(s: Subject) -> str:
 
 @torch.no_grad()
 def every_layer(s: Subject) -> str:
-    """The mixer is sound as the only, the first, a middle and the last layer, and in a model with rotary positions."""
+    """The mixer is sound as the only, the first, a middle and the last layer, with rotary positions, twice as wide."""
     places = {
         "the only layer": s.at(index=0, depth=1),
         "the first of 4": s.at(index=0, depth=4),
         "the second of 4": s.at(index=1, depth=4),
         "the last of 4": s.last_of(4),
-        "with rotary positions": s.at(rotary=True),
+        "a layer with rotary positions": s.at(rotary=True),
+        f"a layer of d_model {2 * s.layer.d_model}": s.at(d_model=2 * s.layer.d_model),
     }
     for name, layer in places.items():
-        mixer = s.build(layer=layer, perturb=False)
-        tensors = {**mixer.state_dict(), "the output": mixer(s.input(2, 20))}
+        there = dataclasses.replace(s, layer=layer)
+        try:
+            mixer, x = there.build(perturb=False), there.input(2, 20)
+            y_t, _ = mixer.step(x[:, 0], mixer.init_state(2))
+            tensors = {**mixer.state_dict(), "the output": mixer(x), "the output of step": y_t}
+        except Exception as error:
+            error.add_note(f"as {name}")
+            raise
         bad = [n for n, tensor in tensors.items() if not tensor.isfinite().all()]
         if bad:
             fail(f"as {name}, {bad[0]} has NaN or infinite elements at initialisation")

@@ -22,7 +22,7 @@ class Check:
 def run_check(name: str, check: Callable[[], str]) -> Check:
     """Run `check`, which returns its detail or raises ConformanceError.
 
-    Any other exception is a failed check too, reported with its type, message and last frame outside torch.
+    Any other exception is a failed check too, reported with its type, message, last frame outside torch, and notes.
     """
     try:
         return Check(name, True, check())
@@ -32,6 +32,7 @@ def run_check(name: str, check: Callable[[], str]) -> Check:
         frames = traceback.extract_tb(error.__traceback__)
         frame = next((f for f in reversed(frames) if "torch" not in Path(f.filename).parts), frames[-1])
         where = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+        where = ", ".join([where, *getattr(error, "__notes__", ())])
         return Check(name, False, f"crashed: {type(error).__name__}: {error} (at {where})")
 
 
