@@ -444,6 +444,11 @@ class LoneLayer(Sound):
         nn.init.constant_(self.previous, layer.index / (layer.depth - 1))
 
 
+class NotANumber(Sound):
+    def forward(self, x):
+        return super().forward(x) * torch.tensor(-1.0, dtype=x.dtype).log()
+
+
 class OfOneWidth(Sound):
     """A number in the place of layer.d_model."""
 

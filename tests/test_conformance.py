@@ -136,6 +136,13 @@ def test_a_rounding_leak_is_called_one():
     assert "69 of 2415" in causality.detail
 
 
+def test_not_a_number_is_no_leak():
+    checks = {c.name: c.detail for c in check_mixer(broken.NotANumber, d_model=16) if not c.passed}
+    assert "forward gives 3360 NaN or infinite elements" in checks[OUTPUT]
+    assert checks[CAUSALITY].startswith("forward gives 78400 of 78400 elements NaN or infinite; mend that first")
+    assert "depends on" not in checks[CAUSALITY] + checks[GRADIENT_CAUSALITY]
+
+
 def test_a_crash_is_a_failed_check_and_the_others_go_on():
     checks = {c.name: c for c in check_mixer(broken.StepCrashes, d_model=16)}
     assert list(checks) == ["builds", *CHECKS]

@@ -71,6 +71,7 @@ def causality(s: Subject) -> str:
     earlier = position[None, :] < position[:, None]
     batch = x.expand(total, -1, -1).contiguous()
     before = mixer(batch)
+    _require_finite("forward gives", before)
     for where, change in changes.items():
         after = mixer(torch.where(change[:, :, None], other, batch))
         if not ((before != after).any(dim=-1) & earlier).any():
@@ -102,6 +103,7 @@ def causality_of_gradients(s: Subject) -> str:
     # Row t of the batch asks for output t alone: one backward pass gives the gradients of all outputs.
     batch = x.expand(total, -1, -1).contiguous().requires_grad_()
     (gradient,) = torch.autograd.grad((mixer(batch)[position, position] * weight).sum(), batch)
+    _require_finite("the input's gradient has", gradient)
     if ((gradient != 0).any(dim=-1) & later).any():
         rows: list[Tensor] = []
         for t in range(total):  # as in `causality`
@@ -116,6 +118,13 @@ def causality_of_gradients(s: Subject) -> str:
                 f"{gradient[t, r].abs().max().item():.1e}; {len(leaks)} of {_pairs(total)} leak"
             )
     return f"zero for all {_pairs(total)}"
+
+
+def _require_finite(what: str, x: Tensor) -> None:
+    """Not a number differs from itself, which is no leak."""
+    bad = int((~x.isfinite()).sum())
+    if bad:
+        fail(f"{what} {bad} of {x.numel()} elements NaN or infinite; mend that first")
 
 
 def _pairs(total: int) -> str:
