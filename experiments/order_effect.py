@@ -138,9 +138,9 @@ def _guess(record: Record) -> float:
 
 
 def is_of_sets(record: Record) -> bool:
-    """Whether a trial is of set disjointness only."""
+    """Whether a trial is of set disjointness, or of a task made from it, only."""
     data = record.trial["data"]
-    return all(entry["task"] == "set_disjointness" for entry in (*data["train"], *data["test"]))
+    return all("size_a" in entry for entry in (*data["train"], *data["test"]))
 
 
 def passes(records: Sequence[Record]) -> int:
