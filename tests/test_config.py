@@ -248,12 +248,32 @@ def test_too_few_examples_for_a_batch_are_found_before_training():
     [
         ("data.train.0.seq_len=100000000", "examples of 100,000,000 tokens are too long .* at most 262,144 tokens"),
         ("data.test.0.vocab_size=1000000000", "1,000,000,000 tokens by d_model 8 has 8,000,000,000 numbers, more than"),
+        (
+            "data.train.0.examples=10000000000",
+            "data.train: 160,000,000,000 tokens, .* the 2,147,483,648 of one mixture",
+        ),
+        (
+            "model.layers=[{mixer: mamba, d_state: 100000000}]",
+            "the model takes more than 2,147,483,648 numbers, with a tensor of 200,000,001 x 16; lower .* of a layer",
+        ),
+        (
+            "model.layers=[{mixer: based, feature_dim: 100000}]",
+            "the state of one sequence takes more than 67,108,864 numbers, with a tensor of .*; lower the option",
+        ),
     ],
 )
-def test_data_that_no_memory_holds_are_found_before_they_are_drawn(override, why):
+def test_what_no_memory_holds_is_found_before_it_is_made(override, why):
     (trial,) = Sweep.from_dict(mqar(), [override]).trials
     with pytest.raises(ConfigError, match=why):
         validate(trial)
+
+
+def test_a_warm_up_that_never_ends_is_found_before_training():
+    (trial,) = Sweep.from_dict(mqar(), ["optimizer.warmup_steps=9", "training={epochs: 2, batch_size: 16}"]).trials
+    with pytest.raises(ConfigError, match=r"warmup_steps: 9 are more than the trial's 8 steps.* raise training.epochs"):
+        validate(trial)
+    (trial,) = Sweep.from_dict(mqar(), ["optimizer.warmup_steps=8", "training={epochs: 2, batch_size: 16}"]).trials
+    assert validate(trial) > 0
 
 
 def test_an_error_in_a_file_names_the_file_and_the_line(tmp_path):

@@ -18,13 +18,16 @@ from zoo.tasks import IGNORE
 if TYPE_CHECKING:
     from zoo.evaluate import Slice
 
+DECODED = 32
+"""Sequences that each trial decodes."""
+
 Step = Callable[[Tensor, State, Tensor | None], tuple[Tensor, State]]
 """Tokens, the state and, where it has room for all tokens, how many are in it -> outputs, the next state."""
 OnState = Callable[[int, State], None]
 
 
 def decode_through_state(
-    pack: Pack, slices: Sequence[Slice], examples: int = 32
+    pack: Pack, slices: Sequence[Slice], examples: int = DECODED
 ) -> list[tuple[list[MeasuredState], Agreement]]:
     """Decode the longest slice token by token: each member's state at every slice's length, and how its answers agree.
 

@@ -25,6 +25,8 @@ Dtype = Literal["float32", "bfloat16"]
 # Sequences are judged in batches: few enough tokens at once for a GPU's memory, and for a CPU's caches.
 GPU_TOKENS = 1 << 21
 CPU_BATCH = 256
+# 16 GiB, of one mixture.
+_MOST_TOKENS = 2**31
 
 
 class Slice(NamedTuple):
@@ -153,10 +155,17 @@ def _answers(
 
 
 def check_data(data: DataConfig) -> None:
-    """Raise ConfigError when examples are too long, or when two slices of one mixture have the same name: a table could
-    not tell them apart."""
+    """Raise ConfigError when examples are too long or too many, or when two slices of one mixture have the same name: a
+    table could not tell them apart."""
     for entry in data.entries:
         entry.options.check_length()
+    for split, mixture in {"train": data.train, "test": data.test, "validation": data.validation}.items():
+        tokens = sum(entry.examples * entry.options.length for entry in mixture)
+        if tokens > _MOST_TOKENS:
+            raise ConfigError(
+                f"data.{split}: {tokens:,} tokens, examples times their length, are more than the {_MOST_TOKENS:,} of "
+                "one mixture, which is held in memory; lower the number of examples."
+            )
     for mixture in (data.validation, data.test):
         names = [entry.options.slice_name for entry in mixture]
         twice = next((name for name in names if names.count(name) > 1), None)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from zoo.allowance import Allowance
 from zoo.config import DataEntry, Trial
-from zoo.decode import decode_through_state
+from zoo.decode import DECODED, decode_through_state
 from zoo.errors import ConfigError
 from zoo.evaluate import PackEvaluation, Slice, check_data, load_slices, mean_accuracy
 from zoo.fit import Fit, Run
@@ -24,7 +25,7 @@ OnEpoch = Callable[[int, Epoch], None]
 # A pack leaves some memory to the graphs' own pools and to fragmentation.
 _USABLE_MEMORY = 0.8
 # 8 GiB in fp32, and AdamW's moments as much twice more.
-_MOST_EMBEDDING = 2**31
+_MOST_NUMBERS = 2**31
 
 
 def validate(trial: Trial) -> int:
@@ -39,13 +40,27 @@ def validate(trial: Trial) -> int:
                 f"data.train: {entry.options.slice_name} has {entry.examples} examples, fewer than one batch of "
                 f"{trial.training.batch_size}; raise examples or lower training.batch_size."
             )
+    steps = trial.training.epochs * sum(e.examples // trial.training.batch_size for e in trial.data.train)
+    if trial.optimizer.warmup_steps > steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps: {trial.optimizer.warmup_steps:,} are more than the trial's {steps:,} steps, and "
+            "the learning rate would never be reached; lower them, or raise training.epochs."
+        )
     embedding = trial.data.vocabulary * trial.model.d_model
-    if embedding > _MOST_EMBEDDING:
+    if embedding > _MOST_NUMBERS:
         raise ConfigError(
             f"an embedding of {trial.data.vocabulary:,} tokens by d_model {trial.model.d_model} has {embedding:,} "
-            f"numbers, more than {_MOST_EMBEDDING:,}; lower the task's vocabulary or d_model."
+            f"numbers, more than {_MOST_NUMBERS:,}; lower the task's vocabulary or d_model."
         )
-    return _size(build_model(trial.model, trial.data, trial.seed))
+    with Allowance(_MOST_NUMBERS, "the model", "lower what makes it so large: depth, d_model or an option of a layer"):
+        model = build_model(trial.model, trial.data, trial.seed)
+    with Allowance(
+        _MOST_NUMBERS // DECODED,
+        "the state of one sequence",
+        f"lower the option that sets its size: {DECODED} sequences are decoded at once",
+    ):
+        model.init_state(1)
+    return _size(model)
 
 
 def pack_identity(trial: Trial) -> str:
