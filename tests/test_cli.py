@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -139,6 +140,29 @@ def test_ctrl_c_in_the_terminal(tmp_path):
     assert process.returncode == 130
     assert "trials to go; the same command goes on from here" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("where", ["zoo.sweep.plan_sweep", "zoo.cli.draw"])
+def test_ctrl_c_before_and_after_the_trials(grid_file, tmp_path, monkeypatch, where):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupted)
+    result = sweep(grid_file, tmp_path / "run")
+    assert result.exit_code == 130
+    assert result.stderr.endswith("zoo: interrupted; no record is lost, and the same command goes on from here.\n")
+    assert ("4 ok in" in result.stderr) is (where == "zoo.cli.draw")
+
+
+def test_a_figure_that_cannot_be_written_hides_no_trial(grid_file, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("zoo.plot.save", full)
+    result = sweep(grid_file, tmp_path / "run")
+    assert result.exit_code == 2
+    assert "4 ok in" in result.stderr
+    assert "zoo: No space left on device" in result.stderr
 
 
 def test_trial_runs_exactly_one_and_prints_its_record(grid_file):

@@ -133,9 +133,12 @@ def sweep(
         retry_failed=retry_failed,
         progress=not quiet,
     )
-    if not no_plot and not summary.interrupted:
-        write_results(run)
-    click.echo(str(summary), err=True)
+    try:
+        if not no_plot and not summary.interrupted:
+            write_results(run)
+    finally:
+        # Also where the figure could not be written, or Ctrl-C came while it was drawn.
+        click.echo(str(summary), err=True)
     ctx.exit(summary.exit_code)
 
 

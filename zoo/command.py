@@ -29,8 +29,8 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group whose ZooErrors, and files that cannot be read or written, end with a message and exit status 2, and that
-    suggests the nearest command."""
+    """A group whose ZooErrors, and files that cannot be read or written, end with a message and exit status 2, Ctrl-C
+    with 130, and that suggests the nearest command."""
 
     command_class = Command
 
@@ -49,6 +49,12 @@ class Group(click.Group):
             place = f"{error.filename}: " if error.filename else ""
             click.echo(f"zoo: {place}{error.strerror}; --debug says where that happened.", err=True)
             ctx.exit(2)
+        except KeyboardInterrupt:
+            if ctx.meta.get("zoo.debug"):
+                raise
+            # Click's own answer has exit status 1, which here says that a trial has failed.
+            click.echo("zoo: interrupted; no record is lost, and the same command goes on from here.", err=True)
+            ctx.exit(130)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
