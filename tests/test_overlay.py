@@ -114,6 +114,12 @@ def test_what_is_no_text_is_no_csv_file(tmp_path):
         read_overlay(tmp_path / "bad.csv")
 
 
+def test_a_run_without_records_is_no_overlay(tmp_path):
+    store = RunStore(tmp_path / "run", create=True)
+    with pytest.raises(ConfigError, match="has no records; `zoo sweep` writes one as each trial ends"):
+        read_overlay(store.path, [make_record()])
+
+
 def test_an_unknown_overlay_names_the_nearest():
     with pytest.raises(ConfigError, match=r"no published result. Did you mean 'based_figure2'\?"):
         read_overlay("based_figure")

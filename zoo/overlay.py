@@ -75,6 +75,8 @@ def read_overlay(source: str | Path, records: Sequence[Record] = ()) -> pd.DataF
 
 
 def _on_same_data(measured: Sequence[Record], records: Sequence[Record], source: str, remedy: str = "") -> list[Record]:
+    if not measured:
+        raise ConfigError(f"overlay {source!r} has no records; `zoo sweep` writes one as each trial ends.")
     asked = {data_id(record) for record in records}
     found = [record for record in measured if not asked or data_id(record) in asked]
     if not found:
