@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.early import kernel, wait_for_earlier
-from zoo.kernels.taylor_attention.state_kernels import at_chunk, multiples
+from zoo.kernels.taylor_attention.state_kernels import at_chunk, at_head
 from zoo.kernels.tiles import load_rows, product_in_two, store_rows
 
 
@@ -89,18 +89,12 @@ def through_norm(b_x, z, K: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.conste
 
 
 @triton.jit
-def queries(q, k, v, T, H, q_b, q_t, q_h, k_b, k_h, v_b, v_h, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr):
-    """A program's C queries, the last ones first, as they have the most keys: the first of them, its sequence's and
-    head's number, these two, which queries there are, q at the first, k and v at the head, and the queries' rows."""
+def tokens_of(T, H, C: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """A program's C tokens: the first of them, the number of their sequence and head, these two, and which are live."""
     blocks = tl.cdiv(T, C)
-    mine = (blocks - 1 - tl.program_id(0) % blocks) * C
+    mine = (blocks - 1 - tl.program_id(0) % blocks if LAST_FIRST else tl.program_id(0) % blocks) * C
     head = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    b, h = head // H, head % H
-    q += b * q_b + h * q_h + tl.cast(mine, tl.int64) * q_t
-    row = tl.arange(0, C)
-    live = mine + row < T
-    b_q = load_rows(q, row, q_t, live, tl.arange(0, BLOCK_K), K, BLOCK_K)
-    return mine, head, b, h, live, q, k + b * k_b + h * k_h, v + b * v_b + h * v_h, b_q
+    return mine, head, head // H, head % H, mine + tl.arange(0, C) < T
 
 
 @kernel
@@ -110,13 +104,15 @@ def forward_kernel(
     WIDE: tl.constexpr, C: tl.constexpr, N: tl.constexpr, HAS_STATE: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence, head and C queries."""
+    """One program per sequence, head and C queries, the last ones first: they have the most keys."""
     wait_for_earlier()
-    q_b, q_t, q_h = multiples(q_b, q_t, q_h, UNIT)
-    k_b, k_t, k_h = multiples(k_b, k_t, k_h, UNIT)
-    v_b, v_t, v_h = multiples(v_b, v_t, v_h, UNIT)
-    mine, head, b, h, live, q, k, v, b_q = queries(q, k, v, T, H, q_b, q_t, q_h, k_b, k_h, v_b, v_h, K, BLOCK_K, C)
+    mine, head, b, h, live = tokens_of(T, H, C, True)
+    q, q_t = at_head(q, b, h, q_b, q_t, q_h, UNIT)
+    k, k_t = at_head(k, b, h, k_b, k_t, k_h, UNIT)
+    v, v_t = at_head(v, b, h, v_b, v_t, v_h, UNIT)
     at, row, j = tl.cast(mine, tl.int64), tl.arange(0, C), tl.arange(0, BLOCK_V)
+    q += at * q_t
+    b_q = load_rows(q, row, q_t, live, tl.arange(0, BLOCK_K), K, BLOCK_K)
     total = tl.zeros((C, BLOCK_V), tl.float32)
     norm = tl.zeros((C,), tl.float32)
     if HAS_STATE:
@@ -162,16 +158,18 @@ def query_kernel(
     WIDE: tl.constexpr, C: tl.constexpr, N: tl.constexpr, HAS_STATE: tl.constexpr, HAS_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """dq, and m for `key_kernel`: one program per sequence, head and C queries."""
+    """dq, and m for `key_kernel`: one program per sequence, head and C queries, as `forward_kernel` has them."""
     wait_for_earlier()
-    q_b, q_t, q_h = multiples(q_b, q_t, q_h, UNIT)
-    k_b, k_t, k_h = multiples(k_b, k_t, k_h, UNIT)
-    v_b, v_t, v_h = multiples(v_b, v_t, v_h, UNIT)
-    do_b, do_t, do_h = multiples(do_b, do_t, do_h, UNIT)
-    mine, head, b, h, live, q, k, v, b_q = queries(q, k, v, T, H, q_b, q_t, q_h, k_b, k_h, v_b, v_h, K, BLOCK_K, C)
+    mine, head, b, h, live = tokens_of(T, H, C, True)
+    q, q_t = at_head(q, b, h, q_b, q_t, q_h, UNIT)
+    k, k_t = at_head(k, b, h, k_b, k_t, k_h, UNIT)
+    v, v_t = at_head(v, b, h, v_b, v_t, v_h, UNIT)
+    do, do_t = at_head(do, b, h, do_b, do_t, do_h, UNIT)
     at, row, j = tl.cast(mine, tl.int64), tl.arange(0, C), tl.arange(0, BLOCK_V)
+    q += at * q_t
+    b_q = load_rows(q, row, q_t, live, tl.arange(0, BLOCK_K), K, BLOCK_K)
     tokens = (b * T + at) * H + h
-    b_do = load_rows(do + b * do_b + h * do_h + at * do_t, row, do_t, live, j, V, BLOCK_V)
+    b_do = load_rows(do + at * do_t, row, do_t, live, j, V, BLOCK_V)
     b_o = load_rows(o + tokens * V, row, H * V, live, j, V, BLOCK_V)
     over_norm = tl.load(n + head * T + at + row, mask=live, other=0.0)
     mean = tl.sum(b_do.to(tl.float32) * b_o, 1)
@@ -241,26 +239,20 @@ def key_kernel(
 ):  # fmt: skip
     """dk and dv: one program per sequence, head and C keys, the first ones first: they have the most queries."""
     wait_for_earlier()
-    q_b, q_t, q_h = multiples(q_b, q_t, q_h, UNIT)
-    k_b, k_t, k_h = multiples(k_b, k_t, k_h, UNIT)
-    v_b, v_t, v_h = multiples(v_b, v_t, v_h, UNIT)
-    do_b, do_t, do_h = multiples(do_b, do_t, do_h, UNIT)
-    blocks = tl.cdiv(T, C)
-    mine = tl.program_id(0) % blocks * C
-    head = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    b, h = head // H, head % H
-    q += b * q_b + h * q_h
-    do += b * do_b + h * do_h
+    mine, head, b, h, live = tokens_of(T, H, C, False)
+    q, q_t = at_head(q, b, h, q_b, q_t, q_h, UNIT)
+    k, k_t = at_head(k, b, h, k_b, k_t, k_h, UNIT)
+    v, v_t = at_head(v, b, h, v_b, v_t, v_h, UNIT)
+    do, do_t = at_head(do, b, h, do_b, do_t, do_h, UNIT)
     n += head * T
     m += head * T
     row = tl.arange(0, C)
     i = tl.arange(0, BLOCK_K)
     j = tl.arange(0, BLOCK_V)
     at = tl.cast(mine, tl.int64)
-    live = mine + row < T
-    k += b * k_b + h * k_h + at * k_t
+    k += at * k_t
     b_k = load_rows(k, row, k_t, live, i, K, BLOCK_K)
-    b_v = load_rows(v + b * v_b + h * v_h + at * v_t, row, v_t, live, j, V, BLOCK_V)
+    b_v = load_rows(v + at * v_t, row, v_t, live, j, V, BLOCK_V)
     b_dk = tl.zeros((C, BLOCK_K), tl.float32)
     b_dv = tl.zeros((C, BLOCK_V), tl.float32)
     if HAS_STATE:

@@ -15,9 +15,12 @@ from zoo.kernels.tiles import load_rows, product_in_two
 
 
 @triton.jit
-def multiples(b, t, h, UNIT: tl.constexpr):
-    """The strides of a tensor, which UNIT divides: so Triton sees that rows of 24 channels can be loaded whole."""
-    return b // UNIT * UNIT, t // UNIT * UNIT, h // UNIT * UNIT
+def at_head(x, b, h, x_b, x_t, x_h, UNIT: tl.constexpr):
+    """x where a head of a sequence begins, and its stride of time.
+
+    UNIT divides the strides: from how they are written Triton sees that rows of 24 channels can be loaded whole.
+    """
+    return x + b * (x_b // UNIT * UNIT) + h * (x_h // UNIT * UNIT), x_t // UNIT * UNIT
 
 
 @triton.jit
@@ -146,8 +149,6 @@ def sum_kernel(
     sequence to its start: S = sum n_t phi(q_t) do_t^T, z = -sum n_t mean_t phi(q_t), n = over_norm.
     """
     wait_for_earlier()
-    x_b, x_t, x_h = multiples(x_b, x_t, x_h, UNIT)
-    y_b, y_t, y_h = multiples(y_b, y_t, y_h, UNIT)
     groups: tl.constexpr = (K + ROWS - 1) // ROWS
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     # With n = 1 / 2(phi(q).z + eps), half of what a caller's has.
@@ -156,8 +157,8 @@ def sum_kernel(
     part = tl.program_id(0) // blocks % (groups + 1)
     head = tl.cast(tl.program_id(0) // (blocks * (groups + 1)), tl.int64)
     b, h = head // H, head % H
-    x += b * x_b + h * x_h
-    y += b * y_b + h * y_h
+    x, x_t = at_head(x, b, h, x_b, x_t, x_h, UNIT)
+    y, y_t = at_head(y, b, h, y_b, y_t, y_h, UNIT)
     over_norm += head * T
     S, z = at_chunk(S, z, head * tl.cdiv(T, L), V, BLOCK_K, WIDE)
     S_first += head * F * V
