@@ -439,3 +439,13 @@ def test_check_needs_names_that_exist():
     assert "nothing to check" in run("check").stderr
     assert "unknown device 'tpu'; use cpu or cuda" in run("check", "based", "--device", "tpu").stderr
     assert run("check", "no_such_module:Class").exit_code == 2
+
+
+def test_check_of_a_class_that_a_file_lacks_suggests_its_mixers_and_its_tasks(tmp_path):
+    (tmp_path / "mine.py").write_text("from zoo.tasks.mqar import MQAR as Recall\nfrom zoo.mixers.based import Based\n")
+    for wrong, right in (("Recal", "Recall"), ("Basd", "Based")):
+        result = run("check", f"{tmp_path / 'mine.py'}:{wrong}")
+        assert result.exit_code == 2
+        assert f"Did you mean {right!r}?" in result.stderr
+        assert "subclass of zoo.Task" in result.stderr
+        assert "subclass of zoo.Mixer" in result.stderr

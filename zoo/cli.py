@@ -15,7 +15,7 @@ import click
 
 from zoo import __version__
 from zoo.command import Group, debug_option
-from zoo.errors import ConfigError, PluginError, RecordError, UnknownNameError, UnsupportedError, ZooError, did_you_mean
+from zoo.errors import ConfigError, PluginError, RecordError, UnknownNameError, UnsupportedError, did_you_mean
 
 if TYPE_CHECKING:
     from zoo.record import Record
@@ -464,11 +464,18 @@ def run_checks(name: str, options: dict[str, Any], device: str) -> list[Check]:
             f"unknown mixer or task {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}. "
             "One of your own: FILE.py:Class or module:Class."
         )
-    try:
-        tasks.get(name)
-    except ZooError:
-        return check_mixer(name, options, device=device)
-    return check_task(name, options)
+    problems: dict[str, None] = {}
+    registries: list[Registry[Any]] = [tasks, mixers]
+    for registry in registries:
+        try:
+            registry.get(name)
+        except UnknownNameError:
+            continue
+        except PluginError as error:
+            problems[str(error)] = None
+        else:
+            return check_task(name, options) if registry is tasks else check_mixer(name, options, device=device)
+    raise PluginError("\n".join(problems))
 
 
 def read_options(assignments: Iterable[str]) -> dict[str, Any]:
