@@ -126,6 +126,14 @@ class ContextTooLong(Edited):
         fields["context_len"] = self.seq_len + 1
 
 
+class ShowsTheAnswer(Edited):
+    """The answer stands where it is asked."""
+
+    def edit(self, fields):
+        fields["tokens"] = fields["tokens"].copy()
+        np.put_along_axis(fields["tokens"], fields["positions"], np.maximum(fields["answers"], 0), axis=1)
+
+
 class FreshEntropy(Sound):
     def generate(self, n, rng):
         return super().generate(n, np.random.Generator(np.random.Philox()))

@@ -26,6 +26,7 @@ TOKENS = "tokens in vocabulary"
 POSITIONS = "positions in sequence"
 ASKS = "every example asks"
 CONTEXT = "context comes first"
+MEMORY = "answers need memory"
 AGAIN = "same bytes again"
 STRETCH = "any stretch is the same"
 PROCESS = "same bytes in another process"
@@ -43,7 +44,7 @@ BROKEN = [
     (broken.OneTokenMore, {SHAPES}, "examples have 13 tokens, but the task's length is 12"),
     (broken.TokenTooLarge, {TOKENS}, "the token 500 is not in [0, 500), nor are 0 others"),
     (broken.NegativeAnswer, {TOKENS}, "the answer -1 is not in [0, 500), nor are 0 others"),
-    (broken.PositionTooFar, {POSITIONS}, "the position 12 is not in [0, 12), nor are 0 others"),
+    (broken.PositionTooFar, {POSITIONS, MEMORY}, "the position 12 is not in [0, 12), nor are 0 others"),
     (broken.PadsElsewhere, {POSITIONS}, "a position whose answer is -100 is not 0"),
     (
         broken.AsksTwice,
@@ -53,6 +54,11 @@ BROKEN = [
     (broken.SometimesSilent, {ASKS}, "2 of 2048 examples ask nothing, first number 1001"),
     (broken.AsksInContext, {CONTEXT}, "an answer is asked at position 11, inside the context of 12 tokens"),
     (broken.ContextTooLong, {CONTEXT}, "context_len 13 is not an integer in [0, 12]"),
+    (
+        broken.ShowsTheAnswer,
+        {MEMORY},
+        "a table from the token at the asked position to the answer, made of 1024 examples, is right in all",
+    ),
     (
         broken.FreshEntropy,
         {AGAIN, STRETCH, PROCESS, GLOBAL, CONFIG, PICKLE},
@@ -187,8 +193,8 @@ PLUGIN = """
 import numpy as np
 from zoo import Batch, Task, register_task
 
-@register_task("last_token")
-class LastToken(Task):
+@register_task("first_token")
+class FirstToken(Task):
     seq_len: int = 8
     length = property(lambda self: self.seq_len)
     vocabulary = property(lambda self: 1000)
@@ -196,7 +202,7 @@ class LastToken(Task):
 
     def generate(self, n, rng):
         tokens = rng.integers(1000, size=(n, self.seq_len))
-        return Batch(tokens, np.full((n, 1), self.seq_len - 1), tokens[:, -1:] BUG, 0)
+        return Batch(tokens, np.full((n, 1), self.seq_len - 1), tokens[:, :1] BUG, 0)
 """
 
 
@@ -209,7 +215,7 @@ def test_a_plugin_file_is_checked_in_another_process_too(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "_registered", {})
     file = tmp_path / "theirs.py"
     file.write_text(PLUGIN.replace("BUG", ""))
-    assert [c for c in check_task(f"{file}:LastToken") if not c.passed] == []
+    assert [c for c in check_task(f"{file}:FirstToken") if not c.passed] == []
 
 
 def test_the_documented_example_passes(tmp_path, monkeypatch):
@@ -228,12 +234,12 @@ def test_the_pytest_class_in_a_repository_of_its_own(tmp_path):
     (tmp_path / "test_theirs.py").write_text(
         "import pytest, theirs\n"
         "from zoo.testing import TaskConformance\n"
-        "class TestLastToken(TaskConformance):\n"
-        "    task = pytest.fixture(lambda self: theirs.LastToken())\n"
+        "class TestFirstToken(TaskConformance):\n"
+        "    task = pytest.fixture(lambda self: theirs.FirstToken())\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-k", "vocabulary or pickl"]
     run = subprocess.run([*command, "test_theirs.py"], cwd=tmp_path, capture_output=True, text=True, env=environment())
-    assert "FAILED test_theirs.py::TestLastToken::test_tokens_in_vocabulary" in run.stdout, run.stdout + run.stderr
+    assert "FAILED test_theirs.py::TestFirstToken::test_tokens_in_vocabulary" in run.stdout, run.stdout + run.stderr
     assert f"1 failed, 1 passed, {len(CHECKS) - 2} deselected" in run.stdout
 
 

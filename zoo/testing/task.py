@@ -128,6 +128,27 @@ def context_comes_first(task: Task) -> str:
     return f"{length} of {task.length} tokens"
 
 
+def answers_need_memory(task: Task) -> str:
+    """No table from the token at the asked position to the answer is right throughout: that takes no memory."""
+    batch = task.sample(BLOCK, 0, "train")
+    asked = batch.answers != IGNORE
+    tokens = np.take_along_axis(batch.tokens, batch.positions, axis=1)
+    halves = slice(None, BLOCK // 2), slice(BLOCK // 2, None)
+    first, second = (np.stack([tokens[half][asked[half]], batch.answers[half][asked[half]]], axis=1) for half in halves)
+    pairs, counts = np.unique(first, axis=0, return_counts=True)
+    # The most frequent answer comes last, and stays.
+    table = dict(pairs[np.argsort(counts, kind="stable")].tolist())
+    known = [(token, answer) for token, answer in second.tolist() if token in table]
+    right = sum(table[token] == answer for token, answer in known)
+    # Of a few, all may be right by chance.
+    if right == len(known) >= 20:
+        fail(
+            f"a table from the token at the asked position to the answer, made of {BLOCK // 2} examples, is right in "
+            f"all {right} questions about its tokens in the next {BLOCK // 2}: there is nothing to remember"
+        )
+    return f"a table from asked token to answer is right in {right} of {len(known)} questions about its tokens"
+
+
 def same_bytes_again(task: Task) -> str:
     """The same seed and split give the same examples, also from another object with the same settings."""
     for split in SPLITS:
@@ -339,6 +360,7 @@ CHECKS: dict[str, Callable[[Task], str]] = {
         positions_in_sequence,
         every_example_asks,
         context_comes_first,
+        answers_need_memory,
         same_bytes_again,
         any_stretch_is_the_same,
         same_bytes_in_another_process,
