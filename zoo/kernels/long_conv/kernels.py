@@ -231,7 +231,7 @@ def pairs_kernel(
 
 
 @kernel
-def diagonals_kernel(pairs, dkernel, L, distances, parts, D: tl.constexpr, C: tl.constexpr):
+def diagonals_kernel(pairs, dkernel, L, distances, parts, C: tl.constexpr):
     """dkernel (groups, D, L): sums of the diagonals of `pairs`. One program a channel and C lags."""
     wait_for_earlier()
     blocks = tl.cdiv(L, C)

@@ -178,7 +178,7 @@ def convolved_backward(dy: Tensor, x: Tensor, kernel: Tensor, skip: Tensor | Non
             dy, x, pairs, T, seen, seen - T, B // groups, distances, parts, steps, **options
         )
     dkernel = torch.empty(groups, D, L, dtype=torch.float32, device=dy.device)
-    kernels.diagonals_kernel[(groups * D * triton.cdiv(L, C),)](pairs, dkernel, L, distances, parts, D=D, C=C)
+    kernels.diagonals_kernel[(groups * D * triton.cdiv(L, C),)](pairs, dkernel, L, distances, parts, C=C)
     return dx, dkernel
 
 

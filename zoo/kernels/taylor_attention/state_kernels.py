@@ -85,8 +85,8 @@ def sum_second_order(
 @triton.jit
 def sum_lower_orders(
     x, x_t, y, y_t, over_norm, mean, S, z, S_first, z_first, S_last, z_last, column, T, L, scale,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    WIDE: tl.constexpr, C: tl.constexpr, FACTOR: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    C: tl.constexpr, FACTOR: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The first order and the constant of S, and all of z."""
@@ -172,5 +172,5 @@ def sum_kernel(
         sum_lower_orders(
             x, x_t, y, y_t, over_norm, mean + head * T, S, z, S_first, z_first + head * F, S_last, z_last + head * F,
             column, T, L, scale,
-            K, V, BLOCK_K, BLOCK, ROWS, WIDE, C, FACTOR, BACKWARD, KEEP, HAS_FIRST, HAS_LAST, PRECISION,
+            K, V, BLOCK_K, BLOCK, WIDE, C, FACTOR, BACKWARD, KEEP, HAS_FIRST, HAS_LAST, PRECISION,
         )  # fmt: skip

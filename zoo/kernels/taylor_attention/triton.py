@@ -90,7 +90,6 @@ def _backward(
     do: Tensor,
     dS: Tensor | None,
     dz: Tensor | None,
-    return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and dS and dz of the initial state; these two without elements if there is none."""
     B, T, H, K = q.shape
@@ -168,7 +167,6 @@ def _(
     do: Tensor,
     dS: Tensor | None,
     dz: Tensor | None,
-    return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return tuple(empty_like(x, q) for x in (q, k, v, S, z))  # type: ignore[return-value]
 
@@ -190,7 +188,7 @@ def _gradients(
         B, H, F, V = q.shape[0], q.shape[2], num_features(q.shape[3]), v.shape[3]
         dS = n.new_zeros(B, H, F, V) if dS is None else dS
         dz = n.new_zeros(B, H, F) if dz is None else dz
-    gradients = torch.ops.zoo.taylor_attention_backward(q, k, v, S, z, o, n, do, dS, dz, ctx.return_state)
+    gradients = torch.ops.zoo.taylor_attention_backward(q, k, v, S, z, o, n, do, dS, dz)
     wanted = zip(gradients, ctx.needs_input_grad, strict=False)
     return (*(gradient if needed else None for gradient, needed in wanted), None, None)
 
