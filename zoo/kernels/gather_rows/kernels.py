@@ -33,6 +33,17 @@ def add_of_several(total, rows, positions, t, count, Q, column, D: tl.constexpr)
     return total
 
 
+@triton.jit
+def scattered(rows, positions, t, Q, column, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """For tokens t (BLOCK_T) the sum of those of the rows (Q, D) whose positions (Q) ask for them, in fp32."""
+    count, place = askers(positions, t, Q, BLOCK_T, BLOCK_Q)
+    mask = (count == 1)[:, None] & (column < D)[None, :]
+    total = tl.load(rows + place[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if tl.max(count, 0) > 1:
+        total = add_of_several(total, rows, positions, t, count, Q, column, D)
+    return total
+
+
 @kernel
 def forward_kernel(
     x, positions, y, Q, blocks, x_b, x_t, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
@@ -56,13 +67,6 @@ def backward_kernel(
     column = (tl.program_id(0) % d_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     t = ((tl.program_id(0) // d_blocks) % t_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     sequence = (tl.program_id(0) // d_blocks // t_blocks).to(tl.int64)
-    positions += sequence * Q
-    dy += sequence * Q * D
-    count, place = askers(positions, t, Q, BLOCK_T, BLOCK_Q)
-    inside = (column < D)[None, :]
-    at = dy + place[:, None] * D + column[None, :]
-    total = tl.load(at, mask=(count == 1)[:, None] & inside, other=0.0).to(tl.float32)
-    if tl.max(count, 0) > 1:
-        total = add_of_several(total, dy, positions, t, count, Q, column, D)
+    total = scattered(dy + sequence * Q * D, positions + sequence * Q, t, Q, column, D, BLOCK_T, BLOCK_Q)
     at = (sequence * T + t)[:, None] * D + column[None, :]
-    tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(t < T)[:, None] & inside)
+    tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(t < T)[:, None] & (column < D)[None, :])

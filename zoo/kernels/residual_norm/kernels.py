@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.early import kernel, wait_for_earlier
-from zoo.kernels.gather_rows.kernels import add_of_several, askers
+from zoo.kernels.gather_rows.kernels import scattered
 
 
 @triton.jit
@@ -56,17 +56,6 @@ def forward_kernel(
         tl.store(normed + at, (unit * scale[None, :] + shift[None, :]).to(normed.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _passed(rows, positions, t, Q, column, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """The slopes of the stream at tokens t of a sequence: those of its places (Q, D) that ask for them."""
-    count, place = askers(positions, t, Q, ROWS, BLOCK_Q)
-    mask = (count == 1)[:, None] & (column < D)[None, :]
-    passed = tl.load(rows + place[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    if tl.max(count, 0) > 1:
-        passed = add_of_several(passed, rows, positions, t, count, Q, column, D)
-    return passed
-
-
 @kernel
 def backward_kernel(
     stream, tokens, weight, dstream, dnormed, positions, dx, dbranch, dweight, dbias, M, V, T, Q, steps, parts, eps,
@@ -92,7 +81,7 @@ def backward_kernel(
             if ASKED:
                 first = tl.minimum((part * steps + step) * ROWS, M - ROWS)
                 sequence = ((group * M + first) // T).to(tl.int64)
-                passed = _passed(
+                passed = scattered(
                     dstream + sequence * Q * D, positions + sequence * Q, first % T + tl.arange(0, ROWS), Q,
                     column, D, ROWS, BLOCK_Q,
                 )  # fmt: skip
