@@ -55,6 +55,20 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def split_rows(number: int, size: int, config: Config, most: int, length: int = 0) -> tuple[int, int, int]:
+    """Of `number` rows of `size` channels, a power of 2: rows of a block, blocks of a program, and programs.
+
+    A block has up to config.block elements, and there are up to `most` programs. With a `length`, that of sequences
+    of rows, no block has rows of two of them.
+    """
+    rows_of_block = max(1, min(config.block // size, triton.next_power_of_2(number)))
+    if length:
+        rows_of_block = min(rows_of_block, length & -length)
+    blocks = triton.cdiv(number, rows_of_block)
+    steps = triton.cdiv(blocks, max(1, most))
+    return rows_of_block, steps, triton.cdiv(blocks, steps)
+
+
 def empty_like(x: Tensor | None, q: Tensor) -> Tensor:
     """Contiguous memory for what has the shape of x; without an x, no elements, but q's batch, as vmap needs it."""
     if x is None:

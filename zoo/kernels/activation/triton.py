@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from zoo.kernels.activation import kernels
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows
+from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows, split_rows
 from zoo.kernels.parts import sum_parts
 
 # Programs: enough to keep the memory of a GPU busy, and, where each leaves a sum of its own, not many more.
@@ -74,10 +74,7 @@ def _launch(x: Tensor, kind: str, config: Config, most: int) -> tuple[int, tuple
     """How many programs; tokens, blocks of a program and programs of a group; and options."""
     groups, M, D = x.shape
     block = triton.next_power_of_2(D)
-    rows_of_block = max(1, min(config.block // block, triton.next_power_of_2(M)))
-    blocks = triton.cdiv(M, rows_of_block)
-    steps = triton.cdiv(blocks, max(1, most // groups))
-    parts = triton.cdiv(blocks, steps)
+    rows_of_block, steps, parts = split_rows(M, block, config, most // groups)
     options = {"KIND": KINDS[kind], "D": D, "BLOCK_D": block, "ROWS": rows_of_block, "num_warps": config.num_warps}
     return groups * parts, (M, steps, parts), options
 

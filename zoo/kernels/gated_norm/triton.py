@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from zoo.kernels.gated_norm import kernels
-from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch, rows
+from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch, rows, split_rows
 from zoo.kernels.parts import sum_all
 
 # Programs: enough to keep the memory of a GPU busy, and, where each leaves a sum of its own, not many more.
@@ -155,11 +155,7 @@ def _launch(x: Tensor, heads: int, config: Config, most: int) -> tuple[int, dict
     """How many programs, and how they split the work: tokens, blocks of a program, programs of a group's head."""
     groups, M, H, V = x.shape
     block = triton.next_power_of_2(V)
-    total = M * H // heads
-    rows_of_block = max(1, min(config.block // block, triton.next_power_of_2(total)))
-    blocks = triton.cdiv(total, rows_of_block)
-    steps = triton.cdiv(blocks, max(1, most // (groups * heads)))
-    parts = triton.cdiv(blocks, steps)
+    rows_of_block, steps, parts = split_rows(M * H // heads, block, config, most // (groups * heads))
     sizes = {"H": H, "V": V, "BLOCK_V": block, "ROWS": rows_of_block}
     return groups * heads * parts, {"split": (M, steps, parts), **sizes, "num_warps": config.num_warps}
 

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from zoo.kernels.gather_rows import gather_rows
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch
+from zoo.kernels.launch import Config, check_launch, configured, fold_batch, split_rows
 from zoo.kernels.parts import sum_all
 from zoo.kernels.residual_norm import kernels
 
@@ -178,12 +178,8 @@ def _launch(x: Tensor, config: Config, most: int, T: int = 0) -> tuple[int, dict
     """How many programs, and what every kernel is told of its work. T: blocks of rows must divide it, if not 0."""
     groups, M, D = x.shape
     block = triton.next_power_of_2(D)
-    rows = max(1, min(config.block // block, triton.next_power_of_2(M)))
-    rows = min(rows, T & -T) if T else rows
-    blocks = triton.cdiv(M, rows)
-    steps = triton.cdiv(blocks, max(1, most // groups))
-    parts = triton.cdiv(blocks, steps)
-    sizes = {"M": M, "steps": steps, "parts": parts, "D": D, "BLOCK_D": block, "ROWS": rows}
+    rows_of_block, steps, parts = split_rows(M, block, config, most // groups, T)
+    sizes = {"M": M, "steps": steps, "parts": parts, "D": D, "BLOCK_D": block, "ROWS": rows_of_block}
     return groups * parts, {**sizes, "num_warps": config.num_warps}
 
 

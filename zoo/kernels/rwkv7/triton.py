@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch
+from zoo.kernels.launch import Config, check_launch, configured, fold_batch, split_rows
 from zoo.kernels.parts import sum_all
 from zoo.kernels.rwkv7 import kernels
 
@@ -165,11 +165,8 @@ def _launch(x: Tensor, config: Config, most: int) -> tuple[int, tuple[int, int, 
     """How many programs; tokens, blocks of a program and programs of a head; and options."""
     groups, M, H, K = x.shape
     block = triton.next_power_of_2(K)
-    rows = max(1, min(config.block // block, triton.next_power_of_2(M)))
-    blocks = triton.cdiv(M, rows)
-    steps = triton.cdiv(blocks, max(1, most // (groups * H)))
-    parts = triton.cdiv(blocks, steps)
-    options = {"H": H, "K": K, "BLOCK": block, "ROWS": rows, "num_warps": config.num_warps}
+    rows_of_block, steps, parts = split_rows(M, block, config, most // (groups * H))
+    options = {"H": H, "K": K, "BLOCK": block, "ROWS": rows_of_block, "num_warps": config.num_warps}
     return groups * H * parts, (M, steps, parts), options
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows
+from zoo.kernels.launch import Config, check_launch, configured, fold_batch, rows, split_rows
 from zoo.kernels.parts import sum_all
 from zoo.kernels.ssd_inputs import kernels
 
@@ -91,11 +91,9 @@ def _launch(BC: Tensor, dt: Tensor, config: Config, most: int) -> tuple[int, tup
     members, M, _, G, N = BC.shape
     R = dt.shape[2] // G
     block_r, block_n = triton.next_power_of_2(R), triton.next_power_of_2(N)
-    size = max(1, min(config.block // (block_r * block_n), triton.next_power_of_2(M)))
-    blocks = triton.cdiv(M, size)
-    steps = triton.cdiv(blocks, max(1, most // (members * G)))
-    parts = triton.cdiv(blocks, steps)
-    options = {"R": R, "N": N, "BLOCK_R": block_r, "BLOCK_N": block_n, "ROWS": size, "num_warps": config.num_warps}
+    rows_of_block, steps, parts = split_rows(M, block_r * block_n, config, most // (members * G))
+    options = {"R": R, "N": N, "BLOCK_R": block_r, "BLOCK_N": block_n, "ROWS": rows_of_block}
+    options |= {"num_warps": config.num_warps}
     return members * G * parts, (M, G, steps, parts), options
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch
+from zoo.kernels.launch import Config, check_launch, configured, empty_like, fold_batch, split_rows
 from zoo.kernels.parts import sum_parts
 from zoo.kernels.token_shift import kernels
 
@@ -83,11 +83,8 @@ def _prepared(
     """The inputs of both kernels (x stands in for what is None), how many programs, and their options."""
     groups, B, T, D = x.shape
     block = triton.next_power_of_2(D)
-    rows = max(1, min(config.block // block, triton.next_power_of_2(B * T)))
-    blocks = triton.cdiv(B * T, rows)
-    steps = triton.cdiv(blocks, max(1, most // groups))
-    parts = triton.cdiv(blocks, steps)
-    options = {"B": B, "T": T, "steps": steps, "parts": parts, "D": D, "BLOCK_D": block, "ROWS": rows}
+    rows_of_block, steps, parts = split_rows(B * T, block, config, most // groups)
+    options = {"B": B, "T": T, "steps": steps, "parts": parts, "D": D, "BLOCK_D": block, "ROWS": rows_of_block}
     options |= {"N": weight.shape[1], "HAS_OFFSET": offset is not None, "HAS_PREVIOUS": previous is not None}
     tensors = [(x if t is None else t).contiguous() for t in (x, weight, offset, previous)]
     return tensors, groups * parts, {**options, "num_warps": config.num_warps}
