@@ -292,6 +292,23 @@ def test_an_unknown_mixer_in_a_file_is_still_an_unknown_name(tmp_path):
         Sweep.load(write(tmp_path, YAML.replace("attention", "atention")))
 
 
+@pytest.mark.parametrize(
+    "text", ["seed: &a [*a]\n", "variants: &v [{variants: *v}]\n", f"seed: {'[' * 3000}{']' * 3000}"]
+)
+def test_a_value_without_end_is_an_error(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"grid.yaml: a value is nested too deeply, or is an alias of what holds it"):
+        Sweep.load(write(tmp_path, YAML + text))
+
+
+def test_an_item_that_is_refused_is_one_error_in_the_words_of_a_file():
+    with pytest.raises(ConfigError) as caught:
+        Sweep.from_dict(change([*ENTRY, "examples"], 6.5))
+    assert "data.train.0.examples: 6.5 is not allowed" in str(caught.value)
+    assert "at least 1 item" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"data.train: \[\] is not allowed: list should have at least 1 item"):
+        Sweep.from_dict(change(["data", "train"], []))
+
+
 def test_files_that_are_no_grids(tmp_path):
     write(tmp_path, YAML)
     with pytest.raises(ConfigError, match=r"does not exist\. Did you mean '.*grid\.yaml'"):

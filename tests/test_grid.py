@@ -197,7 +197,9 @@ def test_logspace():
     assert [p["size"] for p in expand({"size": [5, {"logspace": [0, 1, 2]}]}, Outer)] == [5, 1.0, 10.0]
 
 
-@pytest.mark.parametrize("value", [[-4, -2], [-4, -2, 0], [-4, -2, 2.5], ["a", 1, 2], [0, math.inf, 2], 3, None])
+@pytest.mark.parametrize(
+    "value", [[-4, -2], [-4, -2, 0], [-4, -2, 2.5], ["a", 1, 2], [0, 400, 2], [0, math.inf, 2], 3, None]
+)
 def test_bad_logspace(value):
     with pytest.raises(ConfigError, match=r"logspace: .* must be \[first exponent, last exponent, count\]"):
         expand({"size": {"logspace": value}}, Outer)

@@ -260,7 +260,8 @@ def test_long_trials_start_first(tmp_path):
     [
         ({"executor": "slurm"}, ConfigError, "unknown executor 'slurm'; use one of auto, ray, inline"),
         ({"workers": 0}, ConfigError, "workers 0 must be at least 1"),
-        ({"threads": 0}, ConfigError, "threads 0 must be at least 1"),
+        ({"threads": 0}, ConfigError, "threads 0 must be from 1 to 1024"),
+        ({"threads": 10**5}, ConfigError, "threads 100000 must be from 1 to 1024"),
         ({"executor": "inline", "workers": 2}, ConfigError, "2 workers need Ray"),
         ({"device": "gpu"}, ConfigError, "unknown device 'gpu'"),
         ({"executor": "ray", "device": "cuda:1"}, ConfigError, "'cuda:1' cannot be used on Ray"),

@@ -16,6 +16,7 @@ import click
 from zoo import __version__
 from zoo.command import Group, debug_option
 from zoo.errors import ConfigError, PluginError, RecordError, UnknownNameError, UnsupportedError, did_you_mean
+from zoo.process import MOST_THREADS
 
 if TYPE_CHECKING:
     from zoo.record import Record
@@ -64,7 +65,9 @@ device_option = click.option("--device", help="cpu or cuda. Left out: cuda where
 @plugin_option
 @click.option("--executor", type=click.Choice(["auto", "ray", "inline"]), default="auto", show_default=True)
 @click.option("--workers", type=click.IntRange(1), help="Packs at once on Ray; left out: one a GPU or one a core.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each pack.")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), default=1, show_default=True, help="CPU threads of each pack."
+)
 @click.option(
     "--pack",
     type=click.IntRange(1),
@@ -146,7 +149,7 @@ def sweep(
 @click.argument("grid", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[PATH.KEY=VALUE ...]")
 @plugin_option
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads.")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), default=1, show_default=True, help="CPU threads.")
 @device_option
 @click.pass_context
 def trial(

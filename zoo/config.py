@@ -231,6 +231,8 @@ class Sweep:
             raise ConfigError(f"{path}: is not text in UTF-8 ({error.reason} at byte {error.start}).") from None
         try:
             return cls.from_dict(read_yaml(text, str(path)), overrides, default_name=file.stem)
+        except RecursionError:
+            raise ConfigError(f"{path}: a value is nested too deeply, or is an alias of what holds it.") from None
         except ConfigError as error:
             raise type(error)(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
 
@@ -324,7 +326,9 @@ def parse(cls: type[BaseModel], data: Any, where: str) -> Any:
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(cls, detail, where) for detail in error.errors()]
+        # An item that is refused is missing from its list: one error of the two is enough.
+        details = [d for d in error.errors() if d["type"] != "too_short" or not d["input"]]
+        lines = [_explain(cls, detail, where) for detail in details]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -340,7 +344,9 @@ def _explain(cls: type[BaseModel], detail: Any, where: str) -> str:
     if detail["type"] == "missing":
         return f"{place}: is missing; give it a value."
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{place}: {detail['input']!r} is not allowed: {message[0].lower()}{message[1:]}."
+    # A file has lists, and no tuples.
+    message = f"{message[0].lower()}{message[1:]}".replace("tuple", "list")
+    return f"{place}: {detail['input']!r} is not allowed: {message}."
 
 
 def _fields_at(cls: Any, loc: tuple[Any, ...]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from zoo.tasks import tasks
 
 MOST_TRIALS = 20_000
 """Of one sweep: more are a slip of the pen more often than a plan, and take minutes to list."""
+# A little less than what a float holds.
+_LARGEST_EXPONENT = 300
 
 
 class _Loader(yaml.SafeLoader):
@@ -202,8 +204,12 @@ def _logspace(value: Any) -> list[float]:
         and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
         and isinstance(value[2], int)
         and value[2] >= 1
+        and max(map(abs, value[:2])) <= _LARGEST_EXPONENT
     ):
-        raise ConfigError(f"logspace: {value!r} must be [first exponent, last exponent, count], such as [-4, -2, 4].")
+        raise ConfigError(
+            f"logspace: {value!r} must be [first exponent, last exponent, count], such as [-4, -2, 4], "
+            f"with exponents from -{_LARGEST_EXPONENT} to {_LARGEST_EXPONENT}."
+        )
     first, last, count = value
     check_count(count, f"logspace {value}")
     exponents = [first] if count == 1 else [first + (last - first) * i / (count - 1) for i in range(count)]

@@ -7,6 +7,9 @@ import gc
 import os
 from collections.abc import Iterator
 
+MOST_THREADS = 1024
+"""Of one trial: some thousands end its process."""
+
 
 def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,6 +18,7 @@ from typing import Literal, get_args
 from zoo.config import Sweep, Trial
 from zoo.errors import ConfigError, UnsupportedError, ZooError
 from zoo.executors import InlineExecutor, Job, JobPack, Listener, RayExecutor, Setting, import_ray, machine_slots
+from zoo.process import MOST_THREADS
 from zoo.progress import make_progress
 from zoo.record import Record
 from zoo.results import RunStore, error_text, is_run, load_runs
@@ -329,8 +330,8 @@ def _check_arguments(
         raise ConfigError(f"unknown executor {executor!r}; use one of {', '.join(get_args(ExecutorName))}.")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers {workers} must be at least 1.")
-    if threads < 1:
-        raise ConfigError(f"threads {threads} must be at least 1.")
+    if not 1 <= threads <= MOST_THREADS:
+        raise ConfigError(f"threads {threads} must be from 1 to {MOST_THREADS}.")
     if pack is not None and pack < 1:
         raise ConfigError(f"pack {pack} must be at least 1.")
     if not 1 <= shard[0] <= shard[1]:
