@@ -123,8 +123,8 @@ def test_every_grid_that_comes_with_the_suite_loads(path):
     beside = path.with_suffix(".py")
     load_plugins([str(beside)] if beside.exists() else [])
     trials = Sweep.load(path).trials
-    assert len(trials) >= 16
-    assert all(Trial.model_validate(t.model_dump(mode="json")) == t for t in trials[:: len(trials) // 8])
+    assert len(trials) >= 4
+    assert all(Trial.model_validate(t.model_dump(mode="json")) == t for t in trials[:: max(1, len(trials) // 8)])
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
