@@ -128,6 +128,26 @@ def test_an_edit_of_a_plugin_is_another_version(tmp_path):
     assert "+" not in mixers.version("attention")
 
 
+def test_an_edit_of_a_file_that_a_plugin_imports_is_another_version(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = {
+        "theirs_deep": "import math\n\nWIDTH = math.isqrt(4)\n\ndef width():\n    return WIDTH\n",
+        "theirs_beside": "import theirs_deep as deep\n\nclass Base:\n    width = deep.width()\n",
+        "theirs_plugin": "from theirs_beside import Base\nfrom zoo.mixers.based import Based\n\n"
+        "class Theirs(Base, Based):\n    pass\n",
+        "unrelated": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    before = mixers.version(f"{tmp_path / 'theirs_plugin.py'}:Theirs")
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(f"{text}# edited\n")
+        changed = mixers.version(f"{tmp_path / 'theirs_plugin.py'}:Theirs") != before
+        assert changed is (name != "unrelated"), name
+        (tmp_path / f"{name}.py").write_text(text)
+    assert mixers.version(f"{tmp_path / 'theirs_plugin.py'}:Theirs") == before
+
+
 def test_a_class_from_a_file_can_be_pickled(tmp_path):
     (tmp_path / "plugin.py").write_text(MIXER.format(name="pickled"))
     cls = mixers.get(f"{tmp_path / 'plugin.py'}:Theirs")

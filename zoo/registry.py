@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -124,16 +125,19 @@ class Registry(Generic[T]):
         return (docstring or "").strip().partition("\n")[0]
 
     def version(self, name: str) -> str:
-        """The class's `version`; for a plugin, the hash of its source file too, so that an edit is a new version."""
+        """The class's `version`; for a plugin, the hash of its source too, so that an edit is a new version."""
         cls = self.get(name)
         version = str(getattr(cls, "version", 1))
         if self.is_builtin(name):
             return version
         try:
-            source = inspect.getsourcefile(cls)
+            file = inspect.getsourcefile(cls)
         except TypeError:
-            source = None
-        return version if source is None else f"{version}+{hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12]}"
+            file = None
+        if file is None:
+            return version
+        source = b"".join(path.read_bytes() for path in _sources(cls.__module__, file))
+        return f"{version}+{hashlib.sha256(source).hexdigest()[:12]}"
 
     def check_installed(self) -> dict[str, str]:
         """Load every entry point; the errors of those that fail, by name. Nothing is raised: the others go on."""
@@ -175,6 +179,28 @@ class Registry(Generic[T]):
                 f"zoo.{self._base().__name__}.{did_you_mean(attribute, classes)}"
             )
         return cls
+
+
+@functools.cache
+def _sources(module: str, file: str) -> tuple[Path, ...]:
+    """The file of a plugin's module, and those that this imports from its folder or package, at any depth."""
+    own = Path(file).resolve()
+    files, seen, waiting = {own}, {module}, [sys.modules[module]]
+    while waiting:
+        for value in list(vars(waiting.pop()).values()):
+            name = str(value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None))
+            imported = None if name in seen else sys.modules.get(name)
+            path = Path(getattr(imported, "__file__", None) or "").resolve()
+            beside = path.parent == own.parent and "site-packages" not in path.parts
+            if imported is not None and path.suffix == ".py" and (beside or _package(name) == _package(module)):
+                files.add(path)
+                seen.add(name)
+                waiting.append(imported)
+    return tuple(sorted(files))
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def load_plugins(plugins: Iterable[str]) -> None:
