@@ -121,10 +121,9 @@ def _orders(records: Sequence[Record]) -> Iterator[list[str]]:
             ]
 
 
-def in_published_blocks() -> list[Record]:
-    """The trials of set disjointness in the blocks of the published runs."""
-    run = Path(__file__).parent / "results" / "published_block"
-    return [record for record in load_runs([str(run)]) if is_of_sets(record)]
+def sets_of(run: str) -> list[Record]:
+    """The trials of set disjointness in a run beside this file."""
+    return [record for record in load_runs([str(Path(__file__).parent / "results" / run)]) if is_of_sets(record)]
 
 
 def _gap(row: dict[str, Any]) -> str:
@@ -154,4 +153,5 @@ if __name__ == "__main__":
     for width in sorted({record.trial["model"]["d_model"] for record in lengths}):
         print(f"{by_length(lengths, width)}\n")
     print(f"## Set disjointness\n\n{by_order(load_runs(['reference/set_disjointness']))}\n")
-    print(f"In the published blocks:\n\n{by_order(in_published_blocks())}")
+    print(f"In the published blocks:\n\n{by_order(sets_of('published_block'))}\n")
+    print(f"With a pause:\n\n{by_order(sets_of('paused_sets'))}")

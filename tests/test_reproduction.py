@@ -70,9 +70,10 @@ def test_accuracy_by_length(script, page):
 
 
 def test_the_order_of_the_sets(script, page):
-    ours, published_blocks = tables_of(page, "| BASED | state, bytes |")
+    ours, published_blocks, paused = tables_of(page, "| BASED | state, bytes |")
     assert ours == script.by_order(load_runs(["reference/set_disjointness"])).splitlines()
-    assert published_blocks == script.by_order(script.in_published_blocks()).splitlines()
+    assert published_blocks == script.by_order(script.sets_of("published_block")).splitlines()
+    assert paused == script.by_order(script.sets_of("paused_sets")).splitlines()
 
 
 def test_the_seconds_and_the_number_of_trials(page):
