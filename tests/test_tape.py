@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,7 @@ def looks(x: Tensor) -> Iterator[Callable[[], object]]:
     """Functions that may do something else when values are others, or when they are called again."""
     calls = itertools.count()
     seen = [x.clone()]
+    leaf = x.clone().requires_grad_()
 
     def attribute() -> None:
         seen[0] = seen[0] + x
@@ -169,6 +171,7 @@ def looks(x: Tensor) -> Iterator[Callable[[], object]]:
     yield lambda: x.add_(x.sum().item())
     yield lambda: x.add_(x.tolist()[0])
     yield lambda: x.add_(torch.from_numpy(x.numpy() * 2))
+    yield lambda: x.add_(torch.autograd.grad(LooksInBackward.apply(leaf).sum(), leaf)[0])
     yield lambda: x.add_(next(calls))
     yield lambda: x.add_(torch.tensor(float(next(calls))))
     yield lambda: x.add_(x[x > 1].sum())
@@ -179,11 +182,27 @@ def looks(x: Tensor) -> Iterator[Callable[[], object]]:
     yield hidden_writer
 
 
-@pytest.mark.parametrize("which", range(12))
+class LooksInBackward(torch.autograd.Function):
+    """A gradient that is cut where the input is large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient if x.numpy().max() < 5 else gradient * 0
+
+
+@pytest.mark.parametrize("which", range(13))
 def test_what_cannot_be_repeated_is_not_recorded(which: int) -> None:
     x = torch.ones(3)
+    before = {name: getattr(Tensor, name) for name in ("numpy", "tolist", "__array__")}
     made = recorded(list(looks(x))[which])
     assert not made.recorded
+    assert {name: getattr(Tensor, name) for name in before} == before
 
 
 def test_without_torchscript_functions_are_called(monkeypatch: pytest.MonkeyPatch) -> None:

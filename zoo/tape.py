@@ -10,6 +10,7 @@ once. The operations, their order and their values are those of the function: so
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import math
 import sys
@@ -20,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Calls before it is recorded: a function that is called a few times only would not make up for it.
@@ -39,7 +39,7 @@ _FILLS = {
 # TorchScript's numbers for them.
 _MEMORY_FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2}
 # Python that sees a tensor's values may do something else with others.
-_LOOKS = {Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor.__dlpack__}
+_LOOKS = ("numpy", "tolist", "data_ptr", "__array__", "__dlpack__")
 
 
 class Tape:
@@ -152,20 +152,37 @@ class Recording:
 def record(function: Callable[[], object]) -> Recording | None:
     """Call the function, and write down what it does; None where that cannot be repeated without it."""
     recorder = _Recorder()
-    with _Looks(recorder), recorder:
+    with _watching(recorder), recorder:
         function()
     return recorder.recording if recorder.repeatable else None
 
 
-class _Looks(TorchFunctionMode):
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
+@contextlib.contextmanager
+def _watching(recorder: _Recorder) -> Iterator[None]:
+    """While this holds, a look at any tensor's values ends what can be repeated.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _LOOKS:
-            self._recorder.repeatable = False
-        return func(*args, **(kwargs or {}))
+    Not a TorchFunctionMode: that sees nothing of what Python does in a backward pass.
+    """
+    own = {name: vars(Tensor)[name] for name in _LOOKS if name in vars(Tensor)}
+
+    def watched(look: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(look)
+        def watch(*args: Any, **kwargs: Any) -> Any:
+            recorder.repeatable = False
+            return look(*args, **kwargs)
+
+        return watch
+
+    for name in _LOOKS:
+        setattr(Tensor, name, watched(getattr(Tensor, name)))
+    try:
+        yield
+    finally:
+        for name in _LOOKS:
+            if name in own:
+                setattr(Tensor, name, own[name])
+            else:
+                delattr(Tensor, name)
 
 
 class _Recorder(TorchDispatchMode):
