@@ -1,5 +1,5 @@
-"""Set disjointness with a pause before the question: does the larger set do better first because the answer is then one
-of the last tokens before it?
+"""Set disjointness with a pause before the question: whether the larger set does better first because the answer is then
+one of the last tokens before it.
 
     zoo sweep experiments/paused_sets.yaml --plugin experiments/paused_sets.py
 """
