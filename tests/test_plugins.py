@@ -16,8 +16,8 @@ import pytest
 from zoo.config import Sweep
 from zoo.errors import PluginError, UnknownNameError
 from zoo.mixers import Mixer, mixers
-from zoo.registry import Registry, load_file
-from zoo.results import RunStore
+from zoo.registry import Registry, load_file, load_plugins
+from zoo.results import RunStore, load_runs
 from zoo.sweep import plan_sweep, run_sweep
 from zoo.tasks import tasks
 from zoo.testing import check_mixer, check_task, render
@@ -101,6 +101,27 @@ def trial_of(mixer: dict, task: dict, **training: object):
 def test_the_files_among_the_experiments_keep_the_contract(mixer, config):
     checks = check_mixer(f"{EXPERIMENTS}/{mixer}", config)
     assert all(c.passed for c in checks), render(checks)
+
+
+def test_the_task_among_the_experiments_keeps_the_contract():
+    checks = check_task(f"{EXPERIMENTS}/paused_sets.py:PausedSets")
+    assert all(c.passed for c in checks), render(checks)
+
+
+@pytest.mark.parametrize("run", sorted(path.name for path in (EXPERIMENTS / "results").iterdir()))
+def test_the_results_among_the_experiments_are_of_the_files_beside_them(run):
+    load_file(EXPERIMENTS / f"{run}.py")
+    registries = {"mixer": mixers, "task": tasks}
+    of_plugins = {
+        (name, version)
+        for record in load_runs([str(EXPERIMENTS / "results" / run)])
+        for name, version in record.versions.items()
+        if "+" in version
+    }
+    assert of_plugins
+    for name, version in of_plugins:
+        kind, _, name = name.partition(" ")
+        assert registries[kind].version(name) == version
 
 
 def test_a_file_registers_its_mixer_and_a_trial_runs_with_it(tmp_path):
@@ -321,6 +342,20 @@ def test_two_packages_with_one_name_are_both_named(fresh, install):
         assert claim in str(error.value)
     assert list(fresh.check_installed()) == ["twin"]
     assert fresh.get("only").__module__ == "first_mixer"
+
+
+def test_a_plugin_file_may_be_imported_by_another(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "shared_base.py").write_text(MIXER.format(name="shared"))
+    (tmp_path / "on_top.py").write_text(
+        "from shared_base import Theirs\nfrom zoo import register_mixer\n\n"
+        "@register_mixer('derived')\nclass Derived(Theirs):\n    pass\n"
+    )
+    load_plugins([str(tmp_path / "shared_base.py"), str(tmp_path / "on_top.py")])
+    assert issubclass(mixers.get("derived"), mixers.get("shared"))
+    (tmp_path / "another.py").write_text(MIXER.format(name="shared"))
+    with pytest.raises(PluginError, match="'shared' is taken by shared_base:Theirs"):
+        load_plugins([str(tmp_path / "another.py")])
 
 
 def test_a_name_is_registered_once(fresh, install):

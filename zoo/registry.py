@@ -53,8 +53,8 @@ class Registry(Generic[T]):
                 raise PluginError(
                     f"{self.kind} name {name!r} is taken by the built-in {self._builtins[name]}; choose another name."
                 )
-            # The same class seen again (a plugin file imported twice) is no collision.
-            if holder is not None and (holder.__module__, holder.__qualname__) != (cls.__module__, cls.__qualname__):
+            # The same class seen again (a plugin file that another one imports as a module) is no collision.
+            if holder is not None and _place(holder) != _place(cls):
                 raise PluginError(
                     f"{self.kind} name {name!r} is taken by {holder.__module__}:{holder.__qualname__}; "
                     "choose another name."
@@ -179,6 +179,12 @@ class Registry(Generic[T]):
                 f"zoo.{self._base().__name__}.{did_you_mean(attribute, classes)}"
             )
         return cls
+
+
+def _place(cls: type) -> tuple[str, str]:
+    """The file, or else the module, of a class, and its name there."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return str(Path(file).resolve()) if file else cls.__module__, cls.__qualname__
 
 
 @functools.cache
