@@ -120,8 +120,8 @@ def test_the_results_among_the_experiments_are_of_the_files_beside_them(run):
     }
     assert of_plugins
     for name, version in of_plugins:
-        kind, _, name = name.partition(" ")
-        assert registries[kind].version(name) == version
+        kind, plugin = name.split()
+        assert registries[kind].version(plugin) == version
 
 
 def test_a_file_registers_its_mixer_and_a_trial_runs_with_it(tmp_path):
