@@ -108,3 +108,6 @@ def test_long_sequences_are_cut_into_chunks_and_short_ones_are_not():
         assert fused_module.chunk_length(1024, K) == 1024
         assert fused_module.chunk_length(65536, K) <= 512
     assert fused_module.chunk_length(2000, 24) == 2048
+    assert fused_module.chunk_length(4096, 32) == 4096
+    for T, K in ((2048, 8), (2048, 16), (4096, 24), (8192, 32)):
+        assert fused_module.chunk_length(T, K) < T

@@ -200,7 +200,7 @@ fold_batch(_backward)
 
 def chunk_length(T: int, K: int) -> int:
     """Tokens of a chunk. All pairs cost a token T / 2 pairs, a state its features; where they meet is as measured."""
-    if K > LARGEST_STATE or 128 * max(K, 16) > T:
+    if K > LARGEST_STATE or 160 * max(K, 16) - 512 > T:
         return triton.cdiv(T, LARGEST_BLOCK) * LARGEST_BLOCK
     return 16 * padded(K)
 
