@@ -142,7 +142,7 @@ def test_ctrl_c_in_the_terminal(tmp_path):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("where", ["zoo.sweep.plan_sweep", "zoo.cli.draw"])
+@pytest.mark.parametrize("where", ["zoo.sweep.plan_sweep", "zoo.plot.draw"])
 def test_ctrl_c_before_and_after_the_trials(grid_file, tmp_path, monkeypatch, where):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -151,7 +151,7 @@ def test_ctrl_c_before_and_after_the_trials(grid_file, tmp_path, monkeypatch, wh
     result = sweep(grid_file, tmp_path / "run")
     assert result.exit_code == 130
     assert result.stderr.endswith("zoo: interrupted; no record is lost, and the same command goes on from here.\n")
-    assert ("4 ok in" in result.stderr) is (where == "zoo.cli.draw")
+    assert ("4 ok in" in result.stderr) is (where == "zoo.plot.draw")
 
 
 def test_a_figure_that_cannot_be_written_hides_no_trial(grid_file, tmp_path, monkeypatch):

@@ -197,6 +197,8 @@ def plot(runs: tuple[str, ...], overlay: str | None, output: str | None, by_slic
 
     A RUN is a run folder, or `reference`: the published grids as measured with zoo, which come with it.
     """
+    from zoo.plot import draw
+
     records = _records(runs)
     base = Path(output) if output else _beside(runs[0], "frontier")
     if base.suffix in (".png", ".svg", ".pdf"):
@@ -295,6 +297,7 @@ def _beside(run: str, name: str) -> Path:
 
 def write_results(run: Path) -> None:
     """Print the frontier of a run; leave its figure, table and page in the run folder."""
+    from zoo.plot import draw
     from zoo.report import write_report
     from zoo.results import RunStore, export
     from zoo.text import frontier_text
@@ -308,22 +311,6 @@ def write_results(run: Path) -> None:
     written = draw(records, run / "frontier")
     write_report(records, run / "report.html")
     click.echo(f"{written[0]} (also .svg, .pdf), {run / 'report.html'}, {run / 'table.csv'}", err=True)
-
-
-def draw(records: Sequence[Record], base: Path, overlay: str | None = None, by_slice: bool = False) -> list[Path]:
-    """Write the figure of some records: one panel a data setting, or a test slice. Returns the files."""
-    from zoo import frontier
-    from zoo.overlay import read_overlay
-    from zoo.plot import figure, save
-
-    settings = frontier.split_by_data(records)
-    points = read_overlay(overlay, records) if overlay else None
-    if by_slice:
-        return save(figure(frontier.by_slice(records), points), base)
-    if len(settings) > 1:
-        return save(figure({title: frontier.frontier_table(part) for title, part in settings.items()}, points), base)
-    drawn = figure(frontier.frontier_table(records), points, limit=frontier.information_limit(records))
-    return save(drawn, base)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

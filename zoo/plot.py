@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from zoo.errors import ConfigError
-from zoo.frontier import COVERAGE, staircase
+from zoo.frontier import COVERAGE, frontier_table, information_limit, split_by_data, staircase
+from zoo.frontier import by_slice as frontiers_by_slice
+from zoo.overlay import read_overlay
 from zoo.placement import Label, place
+from zoo.record import Record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,6 +85,20 @@ def style(family: str) -> Style:
     digest = hashlib.sha256(family.encode()).digest()
     name = " + ".join(STYLES[part].name if part in STYLES else part for part in family.split("+"))
     return Style(name, OTHER_COLOURS[digest[0] % len(OTHER_COLOURS)], OTHER_MARKERS[digest[1] % len(OTHER_MARKERS)])
+
+
+def draw(records: Sequence[Record], base: Path, overlay: str | None = None, by_slice: bool = False) -> list[Path]:
+    """Write the figure of some records: one panel a data setting, or a test slice. Returns the files.
+
+    overlay: points to draw hollow, as `zoo plot --overlay` takes them.
+    """
+    points = read_overlay(overlay, records) if overlay else None
+    if by_slice:
+        return save(figure(frontiers_by_slice(records), points), base)
+    settings = split_by_data(records)
+    if len(settings) > 1:
+        return save(figure({title: frontier_table(part) for title, part in settings.items()}, points), base)
+    return save(figure(frontier_table(records), points, limit=information_limit(records)), base)
 
 
 def figure(
