@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from zoo.dispatch import DispatchMode, tensors_in
 from zoo.errors import ConfigError
 
 
-class Allowance(TorchDispatchMode):
+class Allowance(DispatchMode):
     """While it holds, at most `numbers` may be made, over all new tensors together; `what` and `remedy` are for the
     message.
 
     Raises ConfigError: before a tensor is made, where its shape is an argument or that of an argument; else behind it.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self, numbers: int, what: str, remedy: str) -> None:
         super().__init__()
         self._numbers, self._left, self._what, self._remedy = numbers, numbers, what, remedy
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Or torch imports its compiler, which takes longer than many trials.
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A view, or a change in place, takes no memory.
@@ -40,7 +32,7 @@ class Allowance(TorchDispatchMode):
                     self._require(tuple(value.shape if isinstance(value, Tensor) else value))
         result = func(*args, **(kwargs or {}))
         if takes:
-            for made in _tensors(result):
+            for made in tensors_in(result):
                 self._require(tuple(made.shape))
                 self._left -= made.numel()
         return result
@@ -51,11 +43,3 @@ class Allowance(TorchDispatchMode):
             raise ConfigError(
                 f"{self._what} takes more than {self._numbers:,} numbers, with a tensor of {size}; {self._remedy}."
             )
-
-
-def _tensors(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, tuple | list):
-        for item in result:
-            yield from _tensors(item)

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from zoo.dispatch import DispatchMode, tensors_in
 
 # Calls before it is recorded: a function that is called a few times only would not make up for it.
 CALLS_BEFORE = 4
@@ -185,9 +186,7 @@ def _watching(recorder: _Recorder) -> Iterator[None]:
                 delattr(Tensor, name)
 
 
-class _Recorder(TorchDispatchMode):
-    supports_higher_order_operators = True
-
+class _Recorder(DispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.recording = Recording()
@@ -196,11 +195,6 @@ class _Recorder(TorchDispatchMode):
         self._storages: dict[int, tuple[int, torch.UntypedStorage]] = {}
         self._unwritten: set[int] = set()
         self._bytes = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Or torch imports its compiler, which takes longer than many trials.
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -215,14 +209,14 @@ class _Recorder(TorchDispatchMode):
         specs = func._schema.arguments
         values = [args[i] if i < len(args) else kwargs.get(a.name, a.default_value) for i, a in enumerate(specs)]
         results = tuple(result) if isinstance(result, tuple | list) else (result,)
-        if not _repeats_shapes(func, values) or not all(_is_plain(t) for t in _tensors((values, results))):
+        if not _repeats_shapes(func, values) or not all(_is_plain(t) for t in tensors_in((values, results))):
             return False
         arguments = tuple(_mapped(self._place, value) for value in values)
         written = {p.storage for a, x in zip(specs, arguments, strict=True) if _is_written(a) for p in _places(x)}
         read = {p.storage for a, x in zip(specs, arguments, strict=True) if not _is_written(a) for p in _places(x)}
         made: tuple[Place | None, ...] = ()
         if not func._schema.is_mutable:
-            known = [t.untyped_storage()._cdata in self._storages for t in _tensors(results)]
+            known = [t.untyped_storage()._cdata in self._storages for t in tensors_in(results)]
             if all(known):
                 # A view, or no tensor.
                 return True
@@ -265,7 +259,7 @@ def _repeats_shapes(operation: OpOverload, values: list[Any]) -> bool:
     """Whether shapes are the same for other values, and none become Python's."""
     tags = operation.tags
     if operation is torch.ops.aten.index.Tensor:
-        return all(x.dtype not in (torch.bool, torch.uint8) for x in _tensors(values[1]))
+        return all(x.dtype not in (torch.bool, torch.uint8) for x in tensors_in(values[1]))
     return not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view} & {*tags}
 
 
@@ -274,14 +268,6 @@ def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     return tuple(_mapped(function, item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _places(value: Any) -> Iterator[Place]:
