@@ -195,12 +195,14 @@ def _sources(module: str, file: str) -> tuple[Path, ...]:
     while waiting:
         for value in list(vars(waiting.pop()).values()):
             name = str(value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None))
-            imported = None if name in seen else sys.modules.get(name)
+            imported = sys.modules.get(name)
+            if name in seen or imported is None:
+                continue
+            seen.add(name)
             path = Path(getattr(imported, "__file__", None) or "").resolve()
             beside = path.parent == own.parent and "site-packages" not in path.parts
-            if imported is not None and path.suffix == ".py" and (beside or _package(name) == _package(module)):
+            if path.suffix == ".py" and (beside or _package(name) == _package(module)):
                 files.add(path)
-                seen.add(name)
                 waiting.append(imported)
     return tuple(sorted(files))
 
