@@ -27,7 +27,7 @@ def load_rows(x, row, stride, live, column, size: tl.constexpr, block: tl.conste
 
 
 @triton.jit
-def load_tile(x, row, stride, live, column, inside):
+def load_masked(x, row, stride, live, column, inside):
     """As load_rows, given which columns are inside in place of a size."""
     return tl.load(x + row[:, None] * stride + column[None, :], mask=live[:, None] & inside[None, :], other=0.0)
 
@@ -41,7 +41,7 @@ def store_rows(x, values, row, stride, live, column, size: tl.constexpr, block: 
 
 
 @triton.jit
-def store_tile(x, values, row, stride, live, column, inside):
+def store_masked(x, values, row, stride, live, column, inside):
     """As store_rows, given which columns are inside."""
     at = x + row[:, None] * stride + column[None, :]
     tl.store(at, values.to(x.dtype.element_ty), mask=live[:, None] & inside[None, :])

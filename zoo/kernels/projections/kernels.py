@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.early import kernel, wait_for_earlier
-from zoo.kernels.tiles import block_of_rows, load_tile, store_tile
+from zoo.kernels.tiles import block_of_rows, load_masked, store_masked
 
 
 @kernel
@@ -32,11 +32,11 @@ def _multiply(
 ):  # fmt: skip
     for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK)
-        w_NK = load_tile(weight, n, K, n < N, k, k < K).to(x_MK.dtype)
+        w_NK = load_masked(weight, n, K, n < N, k, k < K).to(x_MK.dtype)
         y_MN = tl.dot(x_MK, tl.trans(w_NK), input_precision=PRECISION)
         if BIAS:
             y_MN += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        store_tile(y, y_MN, within, N, live, n, n < N)
+        store_masked(y, y_MN, within, N, live, n, n < N)
 
 
 @triton.jit
@@ -46,8 +46,8 @@ def _add_product(
 ):  # fmt: skip
     for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK)
-        dy_MN = load_tile(dy, within, N, live, n, n < N)
-        w_NK = load_tile(weight, n, K, n < N, k, k < K).to(dy_MN.dtype)
+        dy_MN = load_masked(dy, within, N, live, n, n < N)
+        w_NK = load_masked(weight, n, K, n < N, k, k < K).to(dy_MN.dtype)
         total = tl.dot(dy_MN, w_NK, total, input_precision=PRECISION)
     return total
 
@@ -63,7 +63,7 @@ def forward_kernel(
     group, start_row, within, live = block_of_rows(M, row_blocks, ROWS)
     k = tl.arange(0, BLOCK_K)
     x += group * x_group + start_row.to(tl.int64) * x_row
-    x_MK = load_tile(x, within, x_row, live, k, k < K)
+    x_MK = load_masked(x, within, x_row, live, k, k < K)
     first = group * M + start_row
     for i in tl.static_range(COUNT):
         weight, bias = weights[i] + group * weight_groups[i], biases[i] + group * bias_groups[i]
@@ -86,4 +86,4 @@ def input_kernel(
     for i in tl.static_range(COUNT):
         weight, dy = weights[i] + group * weight_groups[i], dys[i] + first * NS[i]
         total = _add_product(total, dy, weight, within, k, live, NS[i], BLOCKS[i], K, STAGES, PRECISION)
-    store_tile(dx + first * K, total, within, K, live, k, k < K)
+    store_masked(dx + first * K, total, within, K, live, k, k < K)

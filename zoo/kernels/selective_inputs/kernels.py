@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.early import kernel, wait_for_earlier
-from zoo.kernels.tiles import block_of_rows, load_tile, store_tile
+from zoo.kernels.tiles import block_of_rows, load_masked, store_masked
 
 
 @triton.jit
@@ -32,11 +32,11 @@ def forward_kernel(
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for start in tl.range(0, D, BLOCK, num_stages=STAGES):
         d = start + tl.arange(0, BLOCK)
-        x_MD = load_tile(x, within, x_row, live, d, d < D)
-        w_ND = load_tile(weight, n, D, n < N, d, d < D).to(x_MD.dtype)
+        x_MD = load_masked(x, within, x_row, live, d, d < D)
+        w_ND = load_masked(weight, n, D, n < N, d, d < D).to(x_MD.dtype)
         total = tl.dot(x_MD, tl.trans(w_ND), total, input_precision=PRECISION)
     y_MN = total.to(y.dtype.element_ty)
-    store_tile(y + first * WIDTH, y_MN, within, WIDTH, live, n, n < WIDTH)
+    store_masked(y + first * WIDTH, y_MN, within, WIDTH, live, n, n < WIDTH)
     dt += first * D
     for start in tl.range(0, D, BLOCK, num_stages=STAGES):
         d = start + tl.arange(0, BLOCK)
@@ -62,7 +62,7 @@ def input_kernel(
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for start in tl.range(0, D, BLOCK, num_stages=STAGES):
         d = start + tl.arange(0, BLOCK)
-        ddt_MD = load_tile(ddt, within, D, live, d, d < D)
+        ddt_MD = load_masked(ddt, within, D, live, d, d < D)
         steps = _steps(dt_weight, n, d, D, R).to(ddt_MD.dtype)
         total = tl.dot(ddt_MD, tl.trans(steps), total, input_precision=PRECISION)
     is_B = live[:, None] & ((n >= R) & (n < R + STATES))[None, :]
@@ -71,7 +71,7 @@ def input_kernel(
     total += tl.load(dB + first * STATES + state, mask=is_B, other=0.0).to(tl.float32)
     total += tl.load(dC + first * STATES + state - STATES, mask=is_C, other=0.0).to(tl.float32)
     dy_MN = total.to(dy.dtype.element_ty)
-    store_tile(dy + first * WIDTH, dy_MN, within, WIDTH, live, n, n < WIDTH)
+    store_masked(dy + first * WIDTH, dy_MN, within, WIDTH, live, n, n < WIDTH)
     dkept += first * D
     dx += first * D
     for start in tl.range(0, D, BLOCK, num_stages=STAGES):
@@ -79,6 +79,6 @@ def input_kernel(
         at = within[:, None] * D + d[None, :]
         mask = live[:, None] & (d < D)[None, :]
         slope = tl.load(dkept + at, mask=mask, other=0.0).to(tl.float32)
-        w_ND = load_tile(weight, n, D, n < N, d, d < D).to(dy_MN.dtype)
+        w_ND = load_masked(weight, n, D, n < N, d, d < D).to(dy_MN.dtype)
         slope = tl.dot(dy_MN, w_ND, slope, input_precision=PRECISION)
         tl.store(dx + at, slope.to(dx.dtype.element_ty), mask=mask)

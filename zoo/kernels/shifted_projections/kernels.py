@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.early import kernel, wait_for_earlier
-from zoo.kernels.tiles import block_of_rows, load_tile, store_tile
+from zoo.kernels.tiles import block_of_rows, load_masked, store_masked
 
 
 @triton.jit
@@ -70,17 +70,17 @@ def forward_kernel(
     group, first_row, row, live = block_of_rows(M, row_blocks, ROWS)
     k = tl.arange(0, BLOCK_K)
     first = group * M + first_row
-    here = load_tile(x + first * K, row, K, live, k, k < K)
-    before = load_tile(x + first * K, row - 1, K, live & ((first_row + row) % T > 0), k, k < K)
+    here = load_masked(x + first * K, row, K, live, k, k < K)
+    before = load_masked(x + first * K, row - 1, K, live & ((first_row + row) % T > 0), k, k < K)
     prepared += group * (3 * TOTAL * K)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
         which, y, N, start, n = _owner(block, ys, NS, STARTS, COUNT, BLOCK)
-        weight = load_tile(prepared + start * K, n, K, n < N, k, k < K)
+        weight = load_masked(prepared + start * K, n, K, n < N, k, k < K)
         share = _load_share(shares, group * COUNT + which, k, K)
         change = before.to(tl.float32) - here.to(tl.float32)
         mixed = (here.to(tl.float32) + change * share).to(here.dtype)
         values = tl.dot(mixed, tl.trans(weight), input_precision=PRECISION)
-        store_tile(y + first * N, values, row, N, live, n, n < N)
+        store_masked(y + first * N, values, row, N, live, n, n < N)
 
 
 @kernel
@@ -99,13 +99,13 @@ def input_kernel(
     total = tl.zeros([ROWS, BLOCK_K], tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
         _, dy, N, start, n = _owner(block, dys, NS, STARTS, COUNT, BLOCK)
-        now = load_tile(dy + first * N, row, N, live, n, n < N)
-        after = load_tile(dy + first * N, row + 1, N, followed, n, n < N)
-        present = load_tile(prepared + (TOTAL + start) * K, n, K, n < N, k, k < K)
-        past = load_tile(prepared + (2 * TOTAL + start) * K, n, K, n < N, k, k < K)
+        now = load_masked(dy + first * N, row, N, live, n, n < N)
+        after = load_masked(dy + first * N, row + 1, N, followed, n, n < N)
+        present = load_masked(prepared + (TOTAL + start) * K, n, K, n < N, k, k < K)
+        past = load_masked(prepared + (2 * TOTAL + start) * K, n, K, n < N, k, k < K)
         total = tl.dot(now, present, total, input_precision=PRECISION)
         total = tl.dot(after, past, total, input_precision=PRECISION)
-    store_tile(dx + first * K, total, row, K, live, k, k < K)
+    store_masked(dx + first * K, total, row, K, live, k, k < K)
 
 
 @kernel(do_not_specialize=["steps", "parts"])
@@ -126,9 +126,9 @@ def weight_kernel(
     now, past = tl.zeros([BLOCK_K, BLOCK], tl.float32), tl.zeros([BLOCK_K, BLOCK], tl.float32)
     for token in tl.range(begin, end, ROWS, num_stages=STAGES):
         live = token + row < end
-        here = tl.trans(load_tile(x + (first + token) * K, row, K, live, k, k < K))
-        dy_now = load_tile(dy + (first + token) * N, row, N, live, n, n < N)
-        dy_after = load_tile(dy + (first + token) * N, row + 1, N, live & ((token + row) % T < T - 1), n, n < N)
+        here = tl.trans(load_masked(x + (first + token) * K, row, K, live, k, k < K))
+        dy_now = load_masked(dy + (first + token) * N, row, N, live, n, n < N)
+        dy_after = load_masked(dy + (first + token) * N, row + 1, N, live & ((token + row) % T < T - 1), n, n < N)
         now = tl.dot(here, dy_now, now, input_precision=PRECISION)
         past = tl.dot(here, dy_after, past, input_precision=PRECISION)
     to = sums + (place * 2 * TOTAL + start) * K + n[None, :] * K + k[:, None]
@@ -158,9 +158,9 @@ def finish_kernel(
                 now, past = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
                 for part in tl.range(0, parts, num_stages=4):
                     at = sums + (group * parts + part) * (2 * TOTAL * K) + STARTS[i] * K
-                    now += load_tile(at, n, K, live, k, k < K)
-                    past += load_tile(at + TOTAL * K, n, K, live, k, k < K)
-                weight = load_tile(prepared + group * (3 * TOTAL * K) + STARTS[i] * K, n, K, live, k, k < K)
+                    now += load_masked(at, n, K, live, k, k < K)
+                    past += load_masked(at + TOTAL * K, n, K, live, k, k < K)
+                weight = load_masked(prepared + group * (3 * TOTAL * K) + STARTS[i] * K, n, K, live, k, k < K)
                 dshare += tl.sum(weight.to(tl.float32) * (past - now), 0)
                 to = dweights[i] + group * weight_groups[i]
                 to += n[:, None] * weight_rows[i] + k[None, :] * weight_columns[i]
