@@ -94,6 +94,8 @@ def main(run: str, figure: str | None = None) -> None:
     fig, axes = plt.subplots(1, 1 + len(SIZES), figsize=(17, 4), layout="constrained")
     for ax in axes[2:]:
         ax.sharey(axes[1])
+    for ax in axes[1:]:
+        ax.axhline(0, color="0.6", linewidth=1)
     settings = sorted(split_by_data(records).items(), key=lambda setting: passes(setting[1]))
     for line, (title, members) in zip(("-", "--", ":"), settings, strict=False):
         for ax, sizes in zip(axes, (None, *SIZES), strict=True):
@@ -125,7 +127,6 @@ def _draw(ax: Any, part: pd.DataFrame, family: str, times: int, line: str, of_ga
     x = part["state_bytes"] * 1.06 ** (times - 1)
     if of_gap:
         spread = [part["gap"] - part["low"].fillna(part["gap"]), part["high"].fillna(part["gap"]) - part["gap"]]
-        ax.axhline(0, color="0.6", linewidth=1)
         ax.errorbar(x, part["gap"], yerr=spread, label=who, **common)
     else:
         ax.errorbar(x, part["smaller_first"], label=f"{who}: smaller set first", **common)
